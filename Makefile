@@ -1,0 +1,50 @@
+# make demo and make test need a bare Python 3.11 or 3.12 with pip; they set up .venv themselves.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+CORES ?= 2
+PINS := envs/requirements.txt envs/bootstrap.txt pyproject.toml
+STAMP := .venv/.installed-$(shell cat $(PINS) | cksum | tr ' ' -)
+PY := .venv/bin/python
+WORKFLOW := .ci/workflow
+SNAKEMAKE := --cores $(CORES)
+
+.PHONY: help env demo study base test lint format unlock pins clean
+
+help: ## show the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+env: $(STAMP) ## set up .venv with the pinned packages
+
+$(STAMP): | $(PINS)
+	@envs/install.sh $@
+
+demo: env ## images to report with the embedded model (results/runs/default/report/index.html)
+	@$(WORKFLOW) results/runs/default/report/index.html $(SNAKEMAKE)
+
+study: env ## a second training seed and the controls, compared on one page
+	@$(WORKFLOW) results/report/index.html $(SNAKEMAKE) --configfile config/study.yaml -- compare
+
+base: env ## train the embedded model again from images (long)
+	@$(WORKFLOW) build/tiny-sd $(SNAKEMAKE) --configfile config/pretrain.yaml -- pretrain
+
+test: env ## all tests that need no GPU
+	@start=$$SECONDS; $(PY) -m pytest -q; echo "tests passed in $$((SECONDS - start)) s"
+
+lint: env ## ruff, snakefmt, mypy, snakemake --lint
+	@.ci/lint
+
+format: env ## format Python and Snakemake files
+	@$(PY) -m ruff check --fix-only --quiet . ; $(PY) -m ruff format . ; .venv/bin/snakefmt Snakefile rules
+
+unlock: env ## remove the lock that a killed Snakemake left
+	@$(PY) -m snakemake --unlock
+
+pins: env ## resolve the pinned versions again (UPGRADE=1: newest)
+	@envs/compile.sh
+
+clean: ## remove results, logs and caches; .venv stays
+	rm -rf results logs benchmarks/jobs build/lib .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,24 @@
+rule degrade:
+    input:
+        images=f"{R}/{{dataset}}/images.parquet",
+    output:
+        lr=f"{R}/{{dataset}}/lr/shard-{{shard}}.tar",
+    log:
+        f"{R}/logs/{{dataset}}/degrade-{{shard}}.log",
+    benchmark:
+        f"{R}/benchmarks/{{dataset}}/degrade-{{shard}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=120,  # minutes
+    params:
+        config=lambda wildcards: params_json(
+            cfg.datasets[wildcards.dataset].model_dump(
+                include={"downscale", "max_pixels", "degradation"}
+            )
+            | {"seed": cfg.seed, "device": cfg.device}
+        ),
+        version=versions.DEGRADE,
+    shell:
+        "python -m dp2osr.stages.degrade --images {input.images} --shard {wildcards.shard}"
+        " --config {params.config:q} --lr {output.lr} 2> {log}"

@@ -1,0 +1,71 @@
+# What people ask for by name. `default` is the report of each run.
+def each_run(pattern):
+    return [
+        pattern.format(run=name, dataset=dataset, reward=run.reward)
+        for name, run in cfg.runs.items()
+        for dataset in run.tests
+    ]
+
+
+def each_training_set(pattern):
+    return [
+        pattern.format(
+            dataset=run.dataset,
+            policy=run.reference,
+            reward=run.reward,
+            shard=shard,
+            block=block,
+        )
+        for run in cfg.runs.values()
+        for shard in shards(run.dataset)
+        for block in blocks(run.dataset)
+    ]
+
+
+localrules:
+    all,
+    rollouts,
+    rewards,
+    pairs,
+    policy,
+    evaluation,
+    figures,
+
+
+rule all:
+    default_target: True
+    input:
+        each_run(f"{R}/runs/{{run}}/report/index.html"),
+
+
+rule rollouts:
+    input:
+        each_training_set(
+            f"{R}/{{dataset}}/{{policy}}/candidates/shard-{{shard}}.block-{{block}}.tar"
+        ),
+
+
+rule rewards:
+    input:
+        each_training_set(f"{R}/{{dataset}}/{{policy}}/rewards/{{reward}}.parquet"),
+
+
+rule pairs:
+    input:
+        each_run(f"{R}/runs/{{run}}/pairs.parquet"),
+
+
+rule policy:
+    input:
+        each_run(f"{R}/runs/{{run}}/policy"),
+
+
+rule evaluation:
+    input:
+        each_run(f"{R}/runs/{{run}}/evaluation/{{dataset}}.parquet"),
+
+
+rule figures:
+    input:
+        each_run(f"{R}/runs/{{run}}/report/index.html"),
+        f"{R}/report/compare.html",

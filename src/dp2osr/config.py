@@ -1,0 +1,495 @@
+"""The configuration: type and range of each key. Defaults live in config/config.yaml alone.
+
+`load` takes the dictionary that Snakemake has merged from its config files, fills each named dataset, policy
+and run from its `*_defaults` section, and validates everything at once.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dp2osr import metrics
+from dp2osr.errors import UserError
+
+RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+T = TypeVar("T", bound="Strict")
+
+
+class Strict(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"a range is [low, high], found {list(pair)}")
+    return pair
+
+
+class KernelMix(Strict):
+    """Probabilities of the six Gaussian-like blur kernels; they sum to 1."""
+
+    iso: Probability
+    aniso: Probability
+    generalized_iso: Probability
+    generalized_aniso: Probability
+    plateau_iso: Probability
+    plateau_aniso: Probability
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = sum(self.model_dump().values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"kernel probabilities must sum to 1, found {total}")
+        return self
+
+
+class BlurSettings(Strict):
+    """Blur kernels: sizes in pixels (odd), sigmas in pixels, rotation in radians."""
+
+    probability: Probability
+    size: tuple[int, int]
+    pad_to: Count
+    sinc_probability: Probability
+    mix: KernelMix
+    sigma: tuple[float, float]
+    rotation: tuple[float, float]
+    beta_generalized: tuple[float, float]
+    beta_plateau: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for pair in (self.size, self.sigma, self.rotation, self.beta_generalized, self.beta_plateau):
+            _ordered(pair)
+        if self.size[0] % 2 == 0 or self.size[1] % 2 == 0 or self.pad_to % 2 == 0 or self.size[1] > self.pad_to:
+            raise ValueError(f"blur sizes are odd and at most pad_to={self.pad_to}, found {list(self.size)}")
+        return self
+
+
+class ResizeSettings(Strict):
+    """Random resize: probabilities of up, down and keep, and the range of the scale factor."""
+
+    up: Probability
+    down: Probability
+    keep: Probability
+    scale: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ordered(self.scale)
+        if abs(self.up + self.down + self.keep - 1) > 1e-9:
+            raise ValueError(f"up + down + keep must be 1, found {self.up + self.down + self.keep}")
+        return self
+
+
+class NoiseSettings(Strict):
+    """Gaussian sigma in 1/255 of the range, Poisson scale as in Real-ESRGAN."""
+
+    gaussian_probability: Probability
+    gaussian_sigma: tuple[float, float]
+    poisson_scale: tuple[float, float]
+    grey_probability: Probability
+
+
+class DegradationOrder(Strict):
+    """One blur, resize, noise, JPEG pass."""
+
+    blur: BlurSettings
+    resize: ResizeSettings
+    noise: NoiseSettings
+    jpeg_quality: tuple[int, int]
+
+
+class FinalSettings(Strict):
+    """The last step: resize to HR/scale with an optional sinc filter, and JPEG, in a random order of the two."""
+
+    sinc_probability: Probability
+    sinc_size: tuple[int, int]
+    pad_to: Count
+    jpeg_quality: tuple[int, int]
+
+
+class DegradationSettings(Strict):
+    """HR to LR: first order always, second order with its own probability, final always."""
+
+    scale: Count
+    first: DegradationOrder
+    second_probability: Probability
+    second: DegradationOrder
+    final: FinalSettings
+
+
+class PromptSettings(Strict):
+    """Where prompts come from: `none` is the empty prompt, `text` one fixed prompt, `table` a file keyed by image."""
+
+    source: Literal["none", "text", "table"]
+    text: str
+    table: str
+
+
+class DatasetSettings(Strict):
+    """A set of images: where HR comes from, how it is cropped, split into shards and degraded."""
+
+    images: list[str]
+    split: str
+    hr_size: Annotated[int, Field(ge=16)]
+    crop: Literal["random", "grid", "center"]
+    crops_per_image: Count
+    downscale: Count
+    min_std: Annotated[float, Field(ge=0)]
+    max_pixels: Count
+    max_rejected_share: Probability
+    num_shards: Count
+    degradation: DegradationSettings
+    prompt: PromptSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hr_size % self.degradation.scale:
+            raise ValueError(f"hr_size={self.hr_size} is no multiple of degradation.scale={self.degradation.scale}")
+        return self
+
+
+class SamplingSettings(Strict):
+    """How a model is sampled; part of what a policy is."""
+
+    scheduler: str
+    steps: Count
+    guidance: Annotated[float, Field(ge=1)]
+    negative_prompt: str
+    colour_fix: Literal["adain", "wavelet", "none"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    vae_dtype: Literal["float32", "float16", "bfloat16"]
+
+
+class PolicySettings(Strict):
+    """A model given from outside, or (with `derive`) a control made from another policy's candidates."""
+
+    backend: Literal["sd"]
+    model: str
+    control: str
+    sampling: SamplingSettings
+    derive: Literal["", "blur", "mean", "bicubic"]
+    derive_from: str
+    derive_sigma: Annotated[float, Field(ge=0)]
+
+
+class RolloutSettings(Strict):
+    """How rollout jobs are cut and stored; no key here changes a candidate's pixels."""
+
+    num_rollouts: Count
+    rollouts_per_block: Count
+    batch_size: Count
+    image_format: Literal["png", "webp"]
+    keep: Literal["all", "selected"]
+
+
+class NiqeSettings(Strict):
+    """NIQE fitted on the HR images of one dataset; block size in pixels."""
+
+    dataset: str
+    block_size: Annotated[int, Field(ge=16)]
+    sharpness: Probability
+
+
+class IqaSettings(Strict):
+    """Metric groups (name -> pyiqa metric names); a group is one kind of scoring job."""
+
+    groups: dict[Name, list[str]]
+    batch_size: Count
+    niqe: NiqeSettings
+
+
+class RewardSettings(Strict):
+    """R = weight_fr · mean FR + (1 − weight_fr) · mean NR of group-normalised scores (method.md, Reward)."""
+
+    fr: list[str]
+    nr: list[str]
+    weight_fr: Probability
+    num_rollouts: Annotated[int, Field(ge=2)]
+
+
+class PairSettings(Strict):
+    """Winners are the best `top`, losers the worst `top` of a group of M; `selection: random` is the control."""
+
+    selection: Literal["reward", "random"]
+    top: Count
+    min_gap: Annotated[float, Field(ge=0)]
+    max_pairs_per_group: Annotated[int, Field(ge=0)]
+    weights: Literal["none", "intra", "inter", "both"]
+
+
+class GuardSettings(Strict):
+    """Validation rollouts during training: every `every` steps; 0 switches the guard off."""
+
+    every: Annotated[int, Field(ge=0)]
+    dataset: str
+    num_rollouts: Count
+    patience: Count
+    min_diversity: Probability
+    max_reward_drop: Annotated[float, Field(ge=0)]
+
+
+class TrainSettings(Strict):
+    """DPO fine-tuning of the control branch (method.md, DPO and Training)."""
+
+    batching: Literal["groups", "pairs"]
+    beta: Annotated[float, Field(gt=0)]
+    steps: Count
+    groups_per_step: Count
+    pairs_per_step: Count
+    accumulation: Count
+    micro_batch: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw", "adamw8bit"]
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    precision: Literal["no", "fp16", "bf16"]
+    gradient_checkpointing: bool
+    checkpoint_every: Count
+    tracker: Literal["tensorboard", "wandb", "none"]
+    guard: GuardSettings
+
+
+class RunSettings(Strict):
+    """An experiment; its result is a policy of the run's name."""
+
+    reference: str
+    dataset: str
+    reward: str
+    pairs: PairSettings
+    train: TrainSettings
+    tests: list[str]
+    controls: list[str]
+    seed: int
+
+
+class EvaluateSettings(Strict):
+    """Paired bootstrap over source photographs."""
+
+    bootstrap: Count
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+class ReportSettings(Strict):
+    """Contact sheets: groups shown, and the enlargement of small images."""
+
+    num_groups: Count
+    zoom: Count
+    compare: list[str]
+
+
+class ArchitectureSettings(Strict):
+    """Widths of the tiny SD-style networks that `pretrain` builds in diffusers' layout."""
+
+    vae_channels: list[int]
+    latent_channels: Count
+    unet_channels: list[int]
+    layers_per_block: Count
+    conditioning_channels: list[int]
+    text_width: Count
+    prediction_type: Literal["epsilon", "v_prediction"]
+
+
+class PhaseSettings(Strict):
+    """One pretraining phase on crops of `crop` pixels; cosine decay from the learning rate to `final` times it."""
+
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Count
+    crop: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    final: Probability
+
+
+class PretrainSettings(Strict):
+    """Training of the embedded base from HR images; a given `backbone` stays frozen, only a control branch learns."""
+
+    dataset: str
+    output: str
+    backbone: str
+    pool_size: Count
+    procedural_share: Probability
+    architecture: ArchitectureSettings
+    vae: PhaseSettings
+    denoiser: PhaseSettings
+    finetune: PhaseSettings
+    prompt_dropout: Probability
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    checkpoint_every: Count
+
+
+class Config(Strict):
+    """Everything. `root_policy` and friends answer the questions that the rules ask."""
+
+    results: str
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    datasets: dict[Name, DatasetSettings]
+    policies: dict[Name, PolicySettings]
+    rollout: RolloutSettings
+    iqa: IqaSettings
+    rewards: dict[Name, RewardSettings]
+    runs: dict[Name, RunSettings]
+    evaluate: EvaluateSettings
+    report: ReportSettings
+    pretrain: PretrainSettings
+
+    def root_policy(self, name: str) -> str:
+        """Return the given policy whose frozen backbone the policy or run `name` uses."""
+        while name in self.runs:
+            name = self.runs[name].reference
+        derived = self.policies[name]
+        return self.root_policy(derived.derive_from) if derived.derive else name
+
+    def policy(self, name: str) -> PolicySettings:
+        """Return the settings of the root policy behind `name` (model, sampling)."""
+        return self.policies[self.root_policy(name)]
+
+    def metric_group(self, metric: str) -> str:
+        """Return the name of the metric group that computes `metric`."""
+        return next(name for name, metrics in self.iqa.groups.items() if metric in metrics)
+
+    def num_rollouts(self, dataset: str) -> int:
+        """Return how many rollouts `dataset` needs: the largest M of the rewards that use it."""
+        used = [
+            self.rewards[run.reward].num_rollouts
+            for run in self.runs.values()
+            if dataset in (run.dataset, run.train.guard.dataset, *run.tests)
+        ]
+        return max([*used, 1]) if used else self.rollout.num_rollouts
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _fill(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Give each named dataset, policy and run what it leaves out from the `*_defaults` section."""
+    filled = dict(raw)
+    for plural, defaults in (
+        ("datasets", "dataset_defaults"),
+        ("policies", "policy_defaults"),
+        ("runs", "run_defaults"),
+    ):
+        base = filled.pop(defaults, {})
+        named = filled.get(plural) or {}
+        if not isinstance(named, Mapping):
+            raise UserError(f"config: {plural}: found {type(named).__name__}, wanted a map of name to settings")
+        filled[plural] = {name: _merge(base, settings or {}) for name, settings in named.items()}
+    return filled
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"config: {where}: unknown key")
+        elif item["type"] == "missing":
+            lines.append(f"config: {where}: missing")
+        else:
+            lines.append(f"config: {where}: {item['msg']}, found {item['input']!r}")
+    return "; ".join(lines)
+
+
+def parse(model: type[T], data: Mapping[str, Any]) -> T:
+    """Validate `data` as `model`; raises UserError with the key, the value found and the value wanted."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def load(raw: Mapping[str, Any]) -> Config:
+    """Validate the merged configuration dictionary; raises UserError that names the key."""
+    config = parse(Config, _fill(raw))
+    check_references(config)
+    return config
+
+
+def read(*paths: Path | str) -> Config:
+    """Load and merge YAML files, the later over the earlier, as Snakemake does with --configfile."""
+    import yaml
+
+    raw: dict[str, Any] = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"config file {path}: not found")
+        raw = _merge(raw, yaml.safe_load(Path(path).read_text()) or {})
+    return load(raw)
+
+
+def _known(key: str, value: str, names: Mapping[str, Any] | set[str]) -> None:
+    if value not in names:
+        raise UserError(f"config: {key}: found '{value}', wanted one of {', '.join(sorted(names))}")
+
+
+def check_references(config: Config) -> None:
+    """Check what one section says of another: names exist, N fits M, metrics are scored, no circles."""
+    known = metrics.METRICS
+    models = {*config.policies, *config.runs}
+    for name in config.datasets:
+        if name in RESERVED:
+            raise UserError(f"config: datasets.{name}: the results tree uses this name itself; wanted another")
+    if twice := set(config.policies) & set(config.runs):
+        raise UserError(f"config: runs.{sorted(twice)[0]}: a policy has the same name")
+    for group, members in config.iqa.groups.items():
+        for metric in members:
+            _known(f"iqa.groups.{group}", metric, known)
+    scored = {metric for members in config.iqa.groups.values() for metric in members}
+    for name, reward in config.rewards.items():
+        for side in ("fr", "nr"):
+            for metric in getattr(reward, side):
+                _known(f"rewards.{name}.{side}", metric, known)
+                _known(f"rewards.{name}.{side} (metrics in iqa.groups)", metric, scored)
+    _known("iqa.niqe.dataset", config.iqa.niqe.dataset, config.datasets)
+    for name, policy in config.policies.items():
+        if policy.derive:
+            _known(f"policies.{name}.derive_from", policy.derive_from, models)
+    for name, run in config.runs.items():
+        _check_run(config, name, run, models)
+
+
+def _check_run(config: Config, name: str, run: RunSettings, models: set[str]) -> None:
+    _known(f"runs.{name}.reference", run.reference, models)
+    _known(f"runs.{name}.dataset", run.dataset, config.datasets)
+    _known(f"runs.{name}.reward", run.reward, config.rewards)
+    if run.train.guard.every:
+        _known(f"runs.{name}.train.guard.dataset", run.train.guard.dataset, config.datasets)
+    for test in run.tests:
+        _known(f"runs.{name}.tests", test, config.datasets)
+    for control in run.controls:
+        _known(f"runs.{name}.controls", control, models)
+    num_rollouts = config.rewards[run.reward].num_rollouts
+    if run.pairs.top > num_rollouts / 2:
+        raise UserError(
+            f"config: runs.{name}.pairs.top: found {run.pairs.top}, wanted at most {num_rollouts // 2} "
+            f"(half of rewards.{run.reward}.num_rollouts = {num_rollouts})"
+        )
+    if run.train.guard.every and run.train.guard.num_rollouts > num_rollouts:
+        raise UserError(f"config: runs.{name}.train.guard.num_rollouts: wanted at most M = {num_rollouts}")
+    seen = [name]
+    while run.reference in config.runs:
+        seen.append(run.reference)
+        if run.reference in seen[:-1]:
+            raise UserError(f"config: runs.{name}.reference: a circle: {' -> '.join(seen)}")
+        run = config.runs[run.reference]
+    if config.policies[run.reference].derive:
+        raise UserError(f"config: runs.{name}.reference: '{run.reference}' is derived, wanted a policy with a model")

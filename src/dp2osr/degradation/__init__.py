@@ -1,0 +1,1 @@
+"""Synthesis of low-resolution images: kernels, single operations and the seeded pipeline."""

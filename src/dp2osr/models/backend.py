@@ -1,0 +1,138 @@
+"""What the pipeline asks of a model. Nothing outside `models/` knows which backend it holds.
+
+A backend owns the frozen parts (backbone, VAE, text encoder); control branches are passed in, so that reference
+and policy share everything else, in memory too.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+import dp2osr
+from dp2osr.config import PolicySettings, SamplingSettings
+from dp2osr.errors import UserError
+from dp2osr.resume import write_bytes
+
+Embeddings = dict[str, torch.Tensor]
+PARTS = frozenset({"backbone", "vae", "text"})
+
+
+class Backend(Protocol):
+    """A generative model with a control branch. Images are (B, 3, H, W) float RGB in [0, 1]."""
+
+    device: torch.device
+    latent_factor: int
+    """Pixels per latent cell along each side."""
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Return scaled latents (B, C, h, w): the mode of the VAE's posterior."""
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return images (B, 3, H, W) float32, clamped to [0, 1]."""
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
+        """Return text embeddings; the first dimension of each tensor counts prompts."""
+
+    def prepare_control(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the control branch's input for upsampled LR images (B, 3, H, W)."""
+
+    def load_control(self, path: str | Path) -> nn.Module:
+        """Load a control branch from a diffusers folder or a bare safetensors state dict."""
+
+    def save_control(self, branch: nn.Module, folder: Path) -> None:
+        """Write a control branch as a diffusers folder."""
+
+    def sample(
+        self,
+        branch: nn.Module,
+        control: torch.Tensor,
+        embeddings: Embeddings,
+        negative: Embeddings,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        *,
+        tile: int = 0,
+        overlap: int = 0,
+    ) -> torch.Tensor:
+        """Return latents (B, C, h, w) denoised from the noise of `seeds`, one generator a candidate.
+
+        `tile` > 0 predicts in overlapping windows of that many latent cells and blends the predictions.
+        """
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Return `count` training timesteps."""
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return x_t of x_0 and noise."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return what the model is trained to predict at x_t."""
+
+    def predict(
+        self,
+        branch: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        control: torch.Tensor,
+        embeddings: Embeddings,
+    ) -> torch.Tensor:
+        """Return the prediction (B, C, h, w) of the backbone under control of `branch`."""
+
+
+def load_backend(policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS) -> Backend:
+    """Load the frozen parts of a policy's model; `parts` names what is needed: backbone, vae, text."""
+    from dp2osr.models.sd import DiffusionBackend
+
+    return {"sd": DiffusionBackend}[policy.backend](policy, device=device, parts=parts)
+
+
+def resolve(path: str | Path) -> Path:
+    """Return the path of a model; `builtin:NAME` lies in the package. Raises UserError where it is missing."""
+    text = str(path)
+    builtin = text.startswith("builtin:")
+    found = Path(dp2osr.__file__).parent / "assets" / text.removeprefix("builtin:") if builtin else Path(text)
+    if not found.exists():
+        raise UserError(f"model {text}: not found; wanted a folder in diffusers' layout or a .safetensors file")
+    return found
+
+
+def write_embeddings(
+    path: Path | str, groups: Sequence[str], prompts: Sequence[str], embed: Embeddings, negative: Embeddings
+) -> None:
+    """Write the embeddings of distinct texts and which group uses which.
+
+    prompts: one a group; embed: tensors whose first dimension counts the distinct prompts in sorted order;
+    negative: the same tensors of the negative prompt, first dimension 1.
+    """
+    distinct = sorted(set(prompts))
+    tensors = {f"prompt.{name}": tensor.contiguous().cpu() for name, tensor in embed.items()}
+    tensors |= {f"negative.{name}": tensor.contiguous().cpu() for name, tensor in negative.items()}
+    lines = {"groups": list(groups), "index": [distinct.index(prompt) for prompt in prompts], "prompts": distinct}
+    write_bytes(path, save(tensors, metadata={"table": json.dumps(lines)}))
+
+
+def read_embeddings(path: Path | str) -> tuple[dict[str, Embeddings], Embeddings]:
+    """Return (embeddings of each group without batch dimension, those of the negative prompt likewise)."""
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            table = json.loads((handle.metadata() or {})["table"])
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"embeddings {path}: not found") from None
+    except Exception as error:
+        raise UserError(f"embeddings {path}: no readable safetensors file ({error})") from None
+    embed = {name.removeprefix("prompt."): t for name, t in tensors.items() if name.startswith("prompt.")}
+    negative = {name.removeprefix("negative."): t[0] for name, t in tensors.items() if name.startswith("negative.")}
+    pairs = zip(table["groups"], table["index"], strict=True)
+    return {group: {name: t[index] for name, t in embed.items()} for group, index in pairs}, negative
+
+
+def stack(items: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Embeddings:
+    """Stack embeddings of single prompts to a batch on `device`."""
+    return {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}

@@ -1,0 +1,95 @@
+"""Builds the tiny SD-style model in diffusers' own layout: networks, byte-level tokenizer, scheduler."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dp2osr.config import ArchitectureSettings
+
+MAX_TOKENS = 24
+
+
+def vae(settings: ArchitectureSettings) -> AutoencoderKL:
+    """Return a VAE that halves the image once per entry of `vae_channels` after the first."""
+    stages = len(settings.vae_channels)
+    return AutoencoderKL(
+        block_out_channels=tuple(settings.vae_channels),
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        layers_per_block=1,
+        latent_channels=settings.latent_channels,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+def unet(settings: ArchitectureSettings) -> UNet2DConditionModel:
+    """Return a UNet whose attention, to itself and to the text, is in the middle block."""
+    stages = len(settings.unet_channels)
+    return UNet2DConditionModel(
+        in_channels=settings.latent_channels,
+        out_channels=settings.latent_channels,
+        block_out_channels=tuple(settings.unet_channels),
+        down_block_types=("DownBlock2D",) * stages,
+        up_block_types=("UpBlock2D",) * stages,
+        layers_per_block=settings.layers_per_block,
+        cross_attention_dim=settings.text_width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def control(backbone: UNet2DConditionModel, settings: ArchitectureSettings) -> ControlNetModel:
+    """Return a control branch that starts as a copy of the UNet's encoder, its outputs at zero."""
+    return ControlNetModel.from_unet(
+        backbone, conditioning_embedding_out_channels=tuple(settings.conditioning_channels)
+    )
+
+
+def scheduler(settings: ArchitectureSettings) -> DDPMScheduler:
+    """Return Stable Diffusion's noise schedule; with v prediction its last step is pure noise (Lin et al. 2024)."""
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=settings.prediction_type,
+        rescale_betas_zero_snr=settings.prediction_type == "v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer without merges: one token a byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocab.write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+def text_encoder(settings: ArchitectureSettings) -> CLIPTextModel:
+    """Return a one-layer CLIP text encoder; it stays as initialised, for its codes only need to differ."""
+    size = 514
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=size,
+            hidden_size=settings.text_width,
+            intermediate_size=2 * settings.text_width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=settings.text_width,
+            bos_token_id=size - 2,
+            eos_token_id=size - 1,
+            pad_token_id=size - 1,
+        )
+    )

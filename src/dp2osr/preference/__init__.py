@@ -1,0 +1,1 @@
+"""From scores to preferences: rewards of candidates, and weighted pairs of them."""

@@ -1,0 +1,103 @@
+"""Crop the HR images of one shard, degrade them to LR, and store both with all drawn parameters.
+
+A sample's pixels follow from the file, its crop and its seed alone: the number of shards and the batch do not matter.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from dp2osr import images, seeds, stage, tables
+from dp2osr.config import Count, DegradationSettings, Strict
+from dp2osr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+LOG = logging.getLogger("degrade")
+BATCH_SIZE = 16  # images degraded at once; any value gives the same pixels
+
+
+class DegradeJob(Strict):
+    """The keys of a dataset that decide its pixels, the base seed and the device."""
+
+    downscale: Count
+    max_pixels: Count
+    degradation: DegradationSettings
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+
+
+def read_crops(rows: pd.DataFrame, *, downscale: int, max_pixels: int) -> Iterator[np.ndarray]:
+    """Yield the crop of each row of tables.IMAGES, (crop_size, crop_size, 3) uint8; one photograph is kept decoded.
+
+    Raises UserError when a file is gone or is not the one that was ingested.
+    """
+    decoded, photo = "", np.empty((0, 0, 3), dtype=np.uint8)
+    with images.Sources() as sources:
+        for row in rows.to_dict("records"):
+            if row["sha256"] != decoded:
+                data = sources.read(row["source"], row["sha256"])
+                photo = images.area_downscale(images.decode(data, max_pixels=max_pixels), downscale)
+                decoded = row["sha256"]
+            x, y, size = row["crop_x"], row["crop_y"], row["crop_size"]
+            crop = photo[y : y + size, x : x + size]
+            if crop.shape != (size, size, 3):
+                raise UserError(f"images: {row['source']}: crop {row['image_id']} does not fit; run ingest again")
+            yield crop
+
+
+def degrade_rows(rows: pd.DataFrame, job: DegradeJob, device: "torch.device") -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield a sample (key, fields hr.png, lr.png, json) for each row of tables.IMAGES, in its order."""
+    crops = read_crops(rows, downscale=job.downscale, max_pixels=job.max_pixels)
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = rows.iloc[start : start + BATCH_SIZE]
+        yield from _degrade_batch(batch, [next(crops) for _ in range(len(batch))], job, device)
+
+
+def _degrade_batch(
+    rows: pd.DataFrame, crops: list[np.ndarray], job: DegradeJob, device: "torch.device"
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    import torch
+
+    from dp2osr.degradation.pipeline import degrade
+    from dp2osr.shards import encode_image
+
+    hr = torch.from_numpy(np.stack(crops)).to(device).permute(0, 3, 1, 2).float().div(255)
+    drawn = [seeds.derive(job.seed, "degrade", image_id) for image_id in rows["image_id"]]
+    lr, parameters = degrade(hr, settings=job.degradation, seeds=drawn)
+    for index, row in enumerate(rows.to_dict("records")):
+        notes = {
+            "photo_id": row["photo_id"],
+            "source": row["source"],
+            "crop": [row["crop_x"], row["crop_y"], row["crop_size"]],
+            "degradation": parameters[index],
+            "seed": drawn[index],
+        }
+        text = json.dumps(notes, sort_keys=True, ensure_ascii=False).encode()
+        yield row["image_id"], {"hr.png": encode_image(hr[index]), "lr.png": encode_image(lr[index]), "json": text}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: images.parquet and a shard number in, the shard's tar out."""
+    parser = stage.parser(__doc__)
+    parser.add_argument("--images", type=Path, required=True, help="images.parquet of the dataset")
+    parser.add_argument("--shard", type=int, required=True, help="number of the shard")
+    parser.add_argument("--lr", type=Path, required=True, help="tar to write")
+    stage.config_arg(parser, DegradeJob)
+    args = stage.parse_args(parser, argv)
+    from dp2osr.shards import write_shard
+
+    table = tables.read(args.images, tables.IMAGES)
+    rows = table[(table["status"] == "ok") & (table["shard"] == args.shard)]
+    samples = degrade_rows(rows, args.config, stage.device(args.config.device))
+    write_shard(args.lr, stage.progress(samples, len(rows), "degraded", LOG))
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,165 @@
+"""Seeded candidates of one shard and one block of seeds, sampled from a policy.
+
+Finished batches are kept beside the output until it stands, so that a killed job goes on where it was; the candidates
+equal those of a job that was never killed.
+"""
+
+import argparse
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dp2osr import config, resume, seeds, stage, versions
+from dp2osr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dp2osr.models.backend import Backend, Embeddings
+    from dp2osr.shards import Sample
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutJob(config.Strict):
+    """What determines the candidates of a block: rollouts `first` .. `first + count - 1` of each group."""
+
+    policy: config.PolicySettings
+    seed: int
+    first: int
+    count: config.Count
+    scale: config.Count
+    image_format: str
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A policy and the groups of a shard, ready to sample any (group, rollout)."""
+
+    backend: "Backend"
+    branch: "torch.nn.Module"
+    images: dict[str, "torch.Tensor"]
+    embeddings: dict[str, "Embeddings"]
+    negative: "Embeddings"
+    policy_hash: str
+    job: RolloutJob
+
+    def candidates(self, batch: Sequence[tuple[str, int]]) -> list["Sample"]:
+        """Sample a batch of (group_id, rollout); returns the samples of the candidates' shard."""
+        import torch
+
+        from dp2osr import sampling, shards
+        from dp2osr.models.backend import stack
+
+        settings, device = self.job.policy.sampling, self.backend.device
+        numbers = [seeds.candidate(self.job.seed, group, rollout) for group, rollout in batch]
+        restored = sampling.restore(
+            self.backend,
+            self.branch,
+            torch.stack([self.images[group] for group, _ in batch]).to(device),
+            scale=self.job.scale,
+            embeddings=stack([self.embeddings[group] for group, _ in batch], device),
+            negative=stack([self.negative] * len(batch), device),
+            seeds=numbers,
+            sampling=settings,
+        )
+        found = []
+        for (group, rollout), seed, image in zip(batch, numbers, restored, strict=True):
+            facts = {"group_id": group, "rollout": rollout, "seed": seed, "policy_hash": self.policy_hash}
+            told = json.dumps({**facts, "sampling": settings.model_dump()}, sort_keys=True).encode()
+            data = shards.encode_image(image, self.job.image_format)
+            found.append((f"{group}-r{rollout:04d}", {self.job.image_format: data, "json": told}))
+        return found
+
+
+def plan(groups: Sequence[str], first: int, count: int, batch_size: int) -> list[list[tuple[str, int]]]:
+    """Cut all (group, rollout) of a job, the rollouts of a group together, into batches."""
+    wanted = [(group, rollout) for group in groups for rollout in range(first, first + count)]
+    return [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+
+
+def pack(samples: Sequence["Sample"]) -> bytes:
+    """Serialize the samples of a batch."""
+    buffer = io.BytesIO()
+    fields = {f"{key}.{name}": np.frombuffer(data, np.uint8) for key, each in samples for name, data in each.items()}
+    np.savez(buffer, allow_pickle=False, **fields)
+    return buffer.getvalue()
+
+
+def unpack(data: bytes) -> list["Sample"]:
+    """Return the samples that `pack` serialized, in their order."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        for member in arrays.files:
+            key, _, field = member.partition(".")
+            samples.setdefault(key, {})[field] = arrays[member].tobytes()
+    return list(samples.items())
+
+
+def resumed(
+    compute: Callable[[Sequence[tuple[str, int]]], list["Sample"]],
+    batches: Sequence[Sequence[tuple[str, int]]],
+    parts: resume.Parts,
+) -> Iterator["Sample"]:
+    """Compute the batches that `parts` does not hold yet, then yield all samples in order."""
+    names = [f"batch-{index:06d}.npz" for index in range(len(batches))]
+    pending = [index for index, name in enumerate(names) if not (parts.folder / name).is_file()]
+    logger.info("%d batches, %d of them kept from an earlier attempt", len(batches), len(batches) - len(pending))
+    for index in stage.progress(pending, len(pending), f"batches of {len(batches[0])} candidates", logger):
+        parts.put(names[index], pack(compute(batches[index])))
+    for name, batch in zip(names, batches, strict=True):
+        kept = parts.get(name)  # None where a second writer of the same output has finished and cleared it
+        yield from unpack(kept) if kept is not None else compute(batch)
+
+
+def load_sampler(args: argparse.Namespace) -> Sampler:
+    """Read the shard's LR images and embeddings, and load the policy."""
+    from dp2osr import shards
+    from dp2osr.models.backend import load_backend, read_embeddings, resolve
+
+    job: RolloutJob = args.config
+    images = {group: shards.decode_image(fields["lr.png"]) for group, fields in shards.read_shard(args.lr)}
+    embeddings, negative = read_embeddings(args.embeddings)
+    if absent := [group for group in images if group not in embeddings]:
+        raise UserError(f"embeddings {args.embeddings}: no prompt of group {absent[0]}, which {args.lr} holds")
+    if not images:
+        raise UserError(f"shard {args.lr}: no images in it; fewer shards than images are wanted (num_shards)")
+    policy_hash = resume.fingerprint(resolve(job.policy.model), resolve(args.control))
+    device = stage.device(args.device)
+    backend = load_backend(job.policy, device=device, parts=frozenset({"backbone", "vae"}))
+    branch = backend.load_control(args.control)
+    return Sampler(backend, branch, images, embeddings, negative, policy_hash, job)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sample a block of candidates of a shard."""
+    parser = stage.parser(__doc__)
+    parser.add_argument("--lr", type=Path, required=True, help="shard of LR images")
+    parser.add_argument("--embeddings", type=Path, required=True, help="embeddings of the shard")
+    parser.add_argument(
+        "--control", required=True, help="control branch: a folder, a .safetensors file or builtin:NAME"
+    )
+    parser.add_argument("--batch-size", type=int, required=True, help="candidates denoised at once")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--candidates", type=Path, required=True, help="output: shard of candidates")
+    stage.config_arg(parser, RolloutJob)
+    args = stage.parse_args(parser, argv)
+    from dp2osr import shards
+
+    sampler = load_sampler(args)
+    batches = plan(list(sampler.images), args.config.first, args.config.count, args.batch_size)
+    settings = f"{versions.ROLLOUT} {args.config.model_dump_json()} {args.batch_size} {sampler.backend.device.type}"
+    mark = resume.fingerprint(settings, sampler.policy_hash, args.lr, args.embeddings)
+    parts = resume.Parts(args.candidates, mark)
+    shards.write_shard(args.candidates, resumed(sampler.candidates, batches, parts))
+    parts.clear()
+
+
+if __name__ == "__main__":
+    stage.run(main)

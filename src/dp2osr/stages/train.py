@@ -1,0 +1,214 @@
+"""Tune a control branch by preference pairs (DPO), with validation rollouts as a guard.
+
+Resumes from `checkpoints/` beside the policy. With several GPUs visible it starts one process for each.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dp2osr import resume, stage, tables, versions
+from dp2osr.config import IqaSettings, PolicySettings, RewardSettings, Strict, TrainSettings
+from dp2osr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from dp2osr.models.backend import Backend
+    from dp2osr.training.checkpoint import Store
+    from dp2osr.training.guard import Guard
+    from dp2osr.training.loop import Trainer
+    from dp2osr.training.step import Feed
+
+
+class TrainJob(Strict):
+    """Settings of one training: the root policy's model, the run's seed, and `base_seed` of the rollouts."""
+
+    run: str
+    policy: PolicySettings
+    train: TrainSettings
+    reward: RewardSettings
+    iqa: IqaSettings
+    seed: int
+    base_seed: int
+    device: Literal["auto", "cpu", "cuda"]
+
+
+def job_mark(args: argparse.Namespace) -> str:
+    """Return the fingerprint of all that determines the weights.
+
+    Large shards count by name and size: what is in them follows from pairs.parquet, whose content counts.
+    """
+    job: TrainJob = args.config
+    settings = job.model_dump_json(exclude={"run": True, "train": {"tracker", "checkpoint_every"}, "device": True})
+    sizes = [f"{path.name}:{path.stat().st_size}" for path in (*args.encoded, *args.embeddings, *args.val_lr)]
+    contents = [path for path in (args.pairs, *args.val_scales, args.niqe) if path is not None]
+    numbers = f"{versions.ENCODE} {versions.TRAIN}"
+    return resume.fingerprint(settings, numbers, *sizes, args.reference, *contents, *_folder(args.reference))
+
+
+def _folder(reference: str) -> list[Path]:
+    return [Path(reference)] if Path(reference).exists() else []
+
+
+def make_accelerator(job: TrainJob, folder: Path) -> "Accelerator":
+    """Return the accelerator with its tracker's folder beside the policy."""
+    from accelerate import Accelerator
+
+    tracker = None if job.train.tracker == "none" else job.train.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"config: train.tracker: {tracker} is not installed; install it or take none")
+    if job.train.precision == "no" and job.policy.sampling.dtype != "float32":
+        raise UserError(
+            f"config: train.precision: found 'no' with policy.sampling.dtype '{job.policy.sampling.dtype}'; "
+            "wanted precision fp16 or bf16, or dtype float32"
+        )
+    cpu = stage.device(job.device).type == "cpu"
+    options = {"mixed_precision": job.train.precision, "log_with": tracker, "project_dir": str(folder / "tracker")}
+    accelerator = Accelerator(cpu=cpu, **options)
+    if tracker:
+        accelerator.init_trackers(job.run.replace("/", "-"))
+    return accelerator
+
+
+def make_feed(args: argparse.Namespace, backend: "Backend", group_ids: Sequence[str]) -> "Feed":
+    """Return the source of training images; raises UserError where a group of the pairs has none."""
+    from dp2osr.models.backend import read_embeddings
+    from dp2osr.training.pack import Pack
+    from dp2osr.training.step import Feed
+
+    pack = Pack(args.encoded)
+    pack.check(group_ids)
+    embeddings = {group: value for path in args.embeddings for group, value in read_embeddings(path)[0].items()}
+    if missing := [group_id for group_id in group_ids if group_id not in embeddings]:
+        raise UserError(f"embeddings: group {missing[0]} is missing, though pairs has it")
+    return Feed(pack=pack, embeddings=embeddings, backend=backend)
+
+
+def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "Backend") -> "Guard | None":
+    """Return the guard, or None where it is off."""
+    from dp2osr.iqa.metric import Scorer
+    from dp2osr.models.backend import read_embeddings
+    from dp2osr.training.guard import Guard, read_images
+
+    job: TrainJob = args.config
+    if not job.train.guard.every:
+        return None
+    if not args.val_lr or not args.val_embeddings or not args.val_scales:
+        raise UserError("--val-lr, --val-embeddings and --val-scales are needed where train.guard.every is not 0")
+    read = [read_embeddings(path) for path in args.val_embeddings]
+    names = [*job.reward.fr, *job.reward.nr]
+    niqe = {"niqe": args.niqe, "niqe_block": job.iqa.niqe.block_size}
+    return Guard(
+        accelerator=accelerator,
+        backend=backend,
+        images=read_images(args.val_lr, {group: value for groups, _ in read for group, value in groups.items()}),
+        negative=read[0][1],
+        scorer=Scorer(names, device=backend.device, batch_size=job.iqa.batch_size, **niqe),
+        scales=tables.read_many(args.val_scales, tables.SCALES),
+        reward=job.reward,
+        sampling=job.policy.sampling,
+        settings=job.train.guard,
+        base_seed=job.base_seed,
+        batch_size=job.train.micro_batch,
+    )
+
+
+def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "Store") -> "Trainer":
+    """Put backend, branches, data and guard together."""
+    from dp2osr.models.backend import load_backend
+    from dp2osr.training.batches import Schedule
+    from dp2osr.training.loop import Trainer
+
+    job: TrainJob = args.config
+    parts = frozenset({"backbone", "vae"} if job.train.guard.every else {"backbone"})
+    backend = load_backend(job.policy, device=accelerator.device, parts=parts)
+    schedule = Schedule(tables.read(args.pairs, tables.PAIRS), settings=job.train, seed=job.seed)
+    reference = backend.load_control(args.reference)
+    policy = backend.load_control(args.reference).float()
+    if job.train.gradient_checkpointing:
+        getattr(policy, "enable_gradient_checkpointing")()  # diffusers' own method  # noqa: B009
+    return Trainer(
+        accelerator=accelerator,
+        feed=make_feed(args, backend, schedule.group_ids),
+        schedule=schedule,
+        policy=policy,
+        sample_dtype=next(reference.parameters()).dtype,
+        reference=reference.float(),  # the same arithmetic as the policy's, so that training starts at log 2
+        settings=job.train,
+        guard=make_guard(args, accelerator, backend),
+        store=store,
+    )
+
+
+def write_outputs(args: argparse.Namespace, trainer: "Trainer", record: dict) -> None:
+    """Write both tables, then the policy's folder."""
+    import pandas as pd
+
+    from dp2osr.training.checkpoint import atomic_folder
+
+    progress = trainer.progress
+    for rows, path, schema in (
+        (progress.log, args.train_log, tables.TRAIN_LOG),
+        (progress.validation, args.validation, tables.VALIDATION),
+    ):
+        tables.write(pd.DataFrame(rows, columns=schema.names), path, schema)
+    guarded = trainer.guard is not None
+    chosen = {"step": progress.best_step if guarded else progress.step, "verdict": progress.verdict}
+    weights: dict[str, torch.Tensor] = trainer.final_weights()
+    trainer.policy.load_state_dict(weights)
+    with atomic_folder(args.policy) as folder:
+        trainer.feed.backend.save_control(trainer.policy, folder)
+        (folder / "policy.json").write_text(json.dumps({**chosen, **record}, indent=1, sort_keys=True) + "\n")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse paths and settings."""
+    parser = stage.parser(__doc__)
+    parser.add_argument("--pairs", type=Path, required=True, help="pairs of the run")
+    parser.add_argument("--reference", required=True, help="reference control branch: folder, weights or builtin:NAME")
+    for name, required, text in (
+        ("--encoded", True, "encoded shards of the run"),
+        ("--embeddings", True, "text embeddings of the training shards"),
+        ("--val-lr", False, "LR shards of the guard's dataset"),
+        ("--val-embeddings", False, "text embeddings of the guard's dataset"),
+        ("--val-scales", False, "the reference's scales on the guard's dataset"),
+    ):
+        parser.add_argument(name, type=Path, nargs="+", required=required, default=[], help=text)
+    parser.add_argument("--niqe", type=Path, help="fitted NIQE parameters, where the reward holds niqe")
+    parser.add_argument("--processes", type=int, default=0, help="0: one a visible GPU, on the CPU one")
+    parser.add_argument("--policy", type=Path, required=True, help="output: folder of the tuned control branch")
+    parser.add_argument("--train-log", type=Path, required=True, help="output: a row a step")
+    parser.add_argument("--validation", type=Path, required=True, help="output: a row a validation rollout")
+    stage.config_arg(parser, TrainJob)
+    return stage.parse_args(parser, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, or go on with a training; write policy and tables."""
+    args = parse_args(argv)
+    from dp2osr.training.checkpoint import Store
+    from dp2osr.training.launch import needs_launch, provenance, relaunch
+
+    job: TrainJob = args.config
+    if (processes := needs_launch(args.processes, job.device)) > 1:
+        relaunch("dp2osr.stages.train", list(sys.argv[1:] if argv is None else argv), processes=processes)
+    mark = job_mark(args)
+    record = {"run": job.run, "config": job.model_dump(mode="json"), "fingerprint": mark, **provenance()}
+    accelerator = make_accelerator(job, args.policy.parent)
+    store = Store(args.policy.parent / "checkpoints", mark, record=record)
+    trainer = make_trainer(args, accelerator, store)
+    trainer.run()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        write_outputs(args, trainer, record)
+        store.clear_leftovers()
+
+
+if __name__ == "__main__":
+    stage.run(main)

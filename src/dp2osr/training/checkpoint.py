@@ -1,0 +1,145 @@
+"""Checkpoints: complete folders or none, of one setting only, without pickle.
+
+`checkpoints/{fingerprint}/step-000020/` holds policy.safetensors, ema.safetensors (where EMA is on), optimizer.pt
+(read with weights_only) and state.json. Snakemake does not know the folder, so a failed job keeps it.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a training is: steps done, rows of both tables so far, best validated step (0: the reference)."""
+
+    step: int = 0
+    best_step: int = 0
+    log: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """The guard's last word; ok where there was none."""
+        return str(self.validation[-1]["verdict"]) if self.validation else "ok"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a training needs to go on; the batch of a step is a function of the step, so no RNG state."""
+
+    policy: Weights
+    ema: Weights | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    progress: Progress
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; on success it is synced and takes its place, on error removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _sync(file)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def plain(weights: Weights) -> Weights:
+    """Return detached contiguous CPU copies, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+
+
+class Store:
+    """The checkpoints of one job; those of other settings beside it are never read."""
+
+    def __init__(self, root: Path, mark: str, *, record: Row) -> None:
+        """mark: fingerprint of settings and inputs; record: config, versions and commit, kept with each checkpoint."""
+        self.root, self.folder, self._record = root, root / mark, record
+        if others := self._others():
+            logger.info("checkpoints of other settings in %s are not used: %s", root, ", ".join(others))
+
+    def _others(self) -> list[str]:
+        found = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(path.name for path in found if path.is_dir() and path != self.folder)
+
+    def path(self, step: int) -> Path:
+        """Return the folder of a step."""
+        return self.folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, ascending."""
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step-*"))
+
+    def save(self, snapshot: Snapshot, *, keep: int = 2) -> None:
+        """Write a checkpoint; then remove all but the last `keep` and the best."""
+        progress = snapshot.progress
+        with atomic_folder(self.path(progress.step)) as folder:
+            save_file(plain(snapshot.policy), folder / "policy.safetensors")
+            if snapshot.ema is not None:
+                save_file(plain(snapshot.ema), folder / "ema.safetensors")
+            torch.save({"optimizer": snapshot.optimizer, "scaler": snapshot.scaler}, folder / "optimizer.pt")
+            (folder / "state.json").write_text(json.dumps({"progress": asdict(progress), **self._record}))
+        for step in self.steps()[:-keep]:
+            if step != progress.best_step:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+        logger.info("step %d: checkpoint %s", progress.step, self.path(progress.step))
+
+    def load(self, device: torch.device) -> Snapshot | None:
+        """Return the newest checkpoint, or None."""
+        steps = self.steps()
+        if not steps:
+            return None
+        folder = self.path(steps[-1])
+        averaged = folder / "ema.safetensors"
+        state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        return Snapshot(
+            policy=load_file(folder / "policy.safetensors", device=str(device)),
+            ema=load_file(averaged, device=str(device)) if averaged.exists() else None,
+            optimizer=state["optimizer"],
+            scaler=state["scaler"],
+            progress=Progress(**json.loads((folder / "state.json").read_text())["progress"]),
+        )
+
+    def weights(self, step: int) -> Weights:
+        """Return the weights to use of a step: the moving average where there is one."""
+        averaged = self.path(step) / "ema.safetensors"
+        return load_file(averaged if averaged.exists() else self.path(step) / "policy.safetensors")
+
+    def clear_leftovers(self) -> None:
+        """Remove checkpoints of other settings and half-written ones, once this job's outputs stand."""
+        for path in (*(self.root / name for name in self._others()), *self.folder.glob(".step-*")):
+            shutil.rmtree(path, ignore_errors=True)

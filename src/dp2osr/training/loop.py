@@ -1,0 +1,250 @@
+"""The training loop: batch, loss, backward, step, log, validate, save; it goes on from the newest checkpoint."""
+
+import copy
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dp2osr.config import TrainSettings
+from dp2osr.errors import UserError
+from dp2osr.training.batches import Schedule
+from dp2osr.training.checkpoint import Progress, Row, Snapshot, Store, Weights
+from dp2osr.training.guard import Guard, judge
+from dp2osr.training.step import Feed, Gradient
+
+logger = logging.getLogger(__name__)
+
+TERMINATED = 128 + signal.SIGTERM
+LOG_EVERY_S = 10.0
+
+
+class StopRequest:
+    """Whether SIGTERM came: the step that runs is finished and saved before the process ends."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        logger.info("SIGTERM: saving a checkpoint and stopping")
+        self.requested = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM over for a while."""
+        before = signal.signal(signal.SIGTERM, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def make_optimizer(branch: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Return AdamW, or bitsandbytes' 8-bit AdamW; raises UserError where that is not installed."""
+    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    parameters = [parameter for parameter in branch.parameters() if parameter.requires_grad]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("config: train.optimizer: adamw8bit needs bitsandbytes; install it or take adamw") from None
+    return AdamW8bit(parameters, **options)
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Return the rate of optimizer step `step` (from 1): a linear warm-up, then constant."""
+    return settings.learning_rate * min(1.0, step / max(settings.warmup_steps, 1))
+
+
+@dataclass
+class Trainer:
+    """Tunes `policy`, a control branch, against `reference`, the branch that it starts from."""
+
+    accelerator: Accelerator
+    feed: Feed
+    schedule: Schedule
+    policy: nn.Module
+    reference: nn.Module
+    settings: TrainSettings
+    guard: Guard | None
+    store: Store
+    sample_dtype: torch.dtype = torch.float32
+    progress: Progress = field(default_factory=Progress)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def __post_init__(self) -> None:
+        self.policy.requires_grad_(True).train()
+        self.reference.requires_grad_(False).eval()
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.policy, self.settings))
+        self.ema = copy.deepcopy(self.policy.state_dict()) if self.settings.ema_decay else None
+        self.gradient = Gradient(self.accelerator, self.feed, self.policy, self.reference, self.settings)
+        self._logged = time.monotonic()
+
+    def run(self) -> Progress:
+        """Train to the end, or until the guard stops it; return what was done."""
+        self._resume()
+        with self.stop.listening():
+            while True:
+                best = self._validate() if self._validation_due() else False
+                if best or self._checkpoint_due():
+                    self._save()
+                if self._finished():
+                    return self.progress
+                self._step()
+                self._pause()
+
+    def final_weights(self) -> Weights:
+        """Return the policy to keep: of the best validated step; without a guard that of the last step."""
+        if self.guard is None:
+            return self.ema if self.ema is not None else self.policy.state_dict()
+        if self.progress.best_step == 0:
+            logger.warning("no step had a better validation reward than the reference: the policy is the reference")
+            return self.reference.state_dict()
+        return self.store.weights(self.progress.best_step)
+
+    def _finished(self) -> bool:
+        return self.progress.step >= self.settings.steps or self.progress.verdict != "ok"
+
+    def _validation_due(self) -> bool:
+        if self.guard is None or any(row["step"] == self.progress.step for row in self.progress.validation):
+            return False
+        every, last = self.settings.guard.every, self.settings.steps
+        return self.progress.step % every == 0 or self.progress.step == last
+
+    def _checkpoint_due(self) -> bool:
+        step = self.progress.step
+        due = step % self.settings.checkpoint_every == 0 or step == self.settings.steps or self._finished()
+        return step > 0 and due and step not in self.store.steps()
+
+    def _step(self) -> None:
+        """One optimizer step: nothing changes where loss or gradient is not finite."""
+        started = time.perf_counter()
+        step = self.progress.step + 1
+        units = self.schedule.step(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.settings)
+        stats = {name: value.item() for name, value in self.gradient.step(units).items()}
+        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm))
+        self._require_finite(step, stats["loss"], norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        pairs = sum(unit.num_pairs for unit in units)
+        rates = {"num_pairs": pairs, "pairs_per_second": pairs / (time.perf_counter() - started)}
+        row = {"step": step, **stats, "grad_norm": norm, "lr": learning_rate(step, self.settings), **rates}
+        self.progress.step = step
+        self.progress.log.append(row)
+        self._report(row)
+
+    def _require_finite(self, step: int, loss: float, norm: float) -> None:
+        """fp16's loss scaler skips a step whose gradient overflows and halves its scale; else that is the end."""
+        scaler = self.accelerator.scaler
+        overflow = scaler is not None and scaler.get_scale() > 1
+        if torch.tensor(loss).isfinite() and (torch.tensor(norm).isfinite() or overflow):
+            return
+        if step > 1:
+            self._save()
+        raise UserError(
+            f"train: step {step}: loss {loss}, gradient norm {norm}, wanted finite numbers; stopped before the "
+            f"optimizer step. The weights of step {step - 1} are in {self.store.folder}. Lower train.learning_rate or "
+            "train.beta, or take train.precision bf16 or no"
+        )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema is None:
+            return
+        for name, value in self.policy.state_dict().items():
+            self.ema[name].lerp_(value, 1 - self.settings.ema_decay)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the moving average into the policy for a while."""
+        if self.ema is None:
+            yield
+            return
+        before = copy.deepcopy(self.policy.state_dict())
+        self.policy.load_state_dict(self.ema)
+        try:
+            yield
+        finally:
+            self.policy.load_state_dict(before)
+
+    def _validate(self) -> bool:
+        """Let the guard measure the policy (at step 0 the reference); return whether it is the best so far."""
+        assert self.guard is not None
+        self.policy.eval()
+        alone = self.accelerator.num_processes == 1
+        with self._averaged():
+            branch = self.policy
+            if self.sample_dtype != torch.float32:
+                branch = copy.deepcopy(branch).to(self.sample_dtype)  # what a rollout of this policy will load
+            found = self.guard.measure(branch, pause=self._pause if alone else lambda: None)
+        self.policy.train()
+        row = judge(self.progress.validation, self.progress.step, found, self.settings.guard)
+        self.progress.validation.append(row)
+        self.progress.best_step = row["step"] if row["best"] else self.progress.best_step
+        values = {name: row[name] for name in ("reward", "fr", "nr", "diversity")}
+        self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=row["step"])
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        logger.info("step %d: validation %s%s, %s", row["step"], text, " (best)" if row["best"] else "", row["verdict"])
+        return row["best"] and row["step"] > 0
+
+    def _report(self, row: Row) -> None:
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        now = time.monotonic()
+        if now - self._logged < LOG_EVERY_S and row["step"] not in (1, self.settings.steps):
+            return
+        self._logged = now
+        logger.info(
+            "step %d of %d: loss %.4f, accuracy %.3f, |z| %.3f, winner error %+.2e, loser error %+.2e, %.0f pairs/s",
+            row["step"],
+            self.settings.steps,
+            *(row[name] for name in ("loss", "implicit_accuracy", "abs_logit", "error_chosen", "error_rejected")),
+            row["pairs_per_second"],
+        )
+
+    def _pause(self) -> None:
+        """End here if SIGTERM came to any process: save first, so that the next start goes on."""
+        flag = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            flag = self.accelerator.reduce(flag, reduction="sum")
+        if not flag:
+            return
+        if self.progress.step > 0 and self.progress.step not in self.store.steps():
+            self._save()
+        raise SystemExit(TERMINATED)
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        snapshot = Snapshot(
+            policy=self.policy.state_dict(),
+            ema=self.ema,
+            optimizer=self.optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else {},
+            progress=self.progress,
+        )
+        self.store.save(snapshot)
+
+    def _resume(self) -> None:
+        snapshot = self.store.load(self.accelerator.device)
+        if snapshot is None:
+            return
+        self.policy.load_state_dict(snapshot.policy)
+        self.ema = snapshot.ema
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(snapshot.scaler)
+        self.progress = snapshot.progress
+        logger.info("going on from step %d of %s", self.progress.step, self.store.folder)

@@ -1,0 +1,17 @@
+"""One number a stage: raise it when the stage's results change, so that Snakemake runs it and what follows again."""
+
+INGEST = 1
+DEGRADE = 1
+PROMPT = 1
+EMBED = 1
+ROLLOUT = 1
+DERIVE = 1
+NIQE = 1
+SCORE = 1
+REWARD = 1
+PAIRS = 1
+ENCODE = 1
+TRAIN = 1
+EVALUATE = 1
+REPORT = 1
+PRETRAIN = 1

@@ -1,0 +1,210 @@
+"""The configuration: what is accepted, and that what is not names its key."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from dp2osr import config
+from dp2osr.errors import UserError
+
+OVERLAYS = sorted(path.name for path in (Path(__file__).parents[2] / "config").glob("*.yaml"))
+
+
+def rejected(raw: dict[str, Any], *words: str) -> None:
+    """Check that `raw` is refused in one line that holds each of the words."""
+    with pytest.raises(UserError) as found:
+        config.load(raw)
+    message = str(found.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def sections() -> list[type[config.Strict]]:
+    """Return every section model of config.py."""
+    found = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, config.Strict)]
+    return [model for model in found if model is not config.Strict]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_file_in_config_loads_over_the_defaults(root: Path, name: str) -> None:
+    config.read(root / "config" / "config.yaml", root / "config" / name)
+
+
+@pytest.mark.parametrize("model", sections(), ids=lambda model: model.__name__)
+def test_no_default_stands_in_code(model: type[config.Strict]) -> None:
+    assert [name for name, field in model.model_fields.items() if not field.is_required()] == []
+    assert model.model_config["extra"] == "forbid"
+    assert model.model_config["frozen"]
+
+
+def test_settings_do_not_change_after_loading(config_dict: dict[str, Any]) -> None:
+    loaded = config.load(config_dict)
+    with pytest.raises(pydantic.ValidationError):
+        loaded.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [
+        ((), "sede"),
+        (("rollout",), "num_rolouts"),
+        (("runs", "default"), "refrence"),
+        (("dataset_defaults", "degradation", "first", "blur"), "sigmas"),
+    ],
+)
+def test_unknown_key_is_named(config_dict: dict[str, Any], where: tuple[str, ...], key: str) -> None:
+    section = config_dict
+    for part in where:
+        section = section[part]
+    section[key] = 1
+    rejected(config_dict, key, "unknown key")
+
+
+def test_missing_key_is_named(config_dict: dict[str, Any]) -> None:
+    del config_dict["run_defaults"]["train"]["beta"]
+    rejected(config_dict, "runs.default.train.beta", "missing")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("rollout", "batch_size", 0),
+        ("rollout", "batch_size", "many"),
+        ("rollout", "image_format", "jpeg"),
+        ("evaluate", "confidence", 1.0),
+        ("report", "zoom", 1.5),
+    ],
+)
+def test_wrong_value_is_named_with_what_was_found(
+    config_dict: dict[str, Any], section: str, key: str, value: object
+) -> None:
+    config_dict[section][key] = value
+    rejected(config_dict, f"{section}.{key}", f"found {value!r}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(config_dict: dict[str, Any], value: float) -> None:
+    config_dict["run_defaults"]["train"]["beta"] = value
+    rejected(config_dict, "runs.default.train.beta")
+
+
+def test_winners_and_losers_may_not_overlap(config_dict: dict[str, Any]) -> None:
+    config_dict["rewards"]["default"]["num_rollouts"] = 15
+    config_dict["run_defaults"]["pairs"]["top"] = 7
+    config.load(config_dict)
+    config_dict["run_defaults"]["pairs"]["top"] = 8
+    rejected(config_dict, "runs.default.pairs.top", "found 8", "at most 7")
+
+
+def test_misspelt_metric_is_named_with_those_that_exist(config_dict: dict[str, Any]) -> None:
+    config_dict["iqa"]["groups"]["light"][0] = "fsmi"
+    rejected(config_dict, "iqa.groups.light", "'fsmi'", "fsim")
+
+
+def test_reward_takes_only_metrics_that_are_scored(config_dict: dict[str, Any]) -> None:
+    config_dict["rewards"]["default"]["fr"] = ["vsi"]
+    rejected(config_dict, "rewards.default.fr", "'vsi'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reference", "bass"),
+        ("dataset", "trian"),
+        ("reward", "defualt"),
+        ("tests", ["holdout", "testset"]),
+        ("controls", ["blured"]),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused(config_dict: dict[str, Any], key: str, value: object) -> None:
+    config_dict["runs"]["default"][key] = value
+    wrong = value[-1] if isinstance(value, list) else value
+    rejected(config_dict, f"runs.default.{key}", f"'{wrong}'", "wanted one of")
+
+
+def test_guard_dataset_is_checked_where_the_guard_is_on(config_dict: dict[str, Any]) -> None:
+    guard = config_dict["run_defaults"]["train"]["guard"]
+    guard["dataset"] = "vall"
+    rejected(config_dict, "runs.default.train.guard.dataset", "'vall'")
+    guard["every"] = 0
+    config.load(config_dict)
+
+
+def test_runs_that_refer_to_each_other_in_a_circle(config_dict: dict[str, Any]) -> None:
+    config_dict["runs"] = {"a": {"reference": "b"}, "b": {"reference": "a"}}
+    rejected(config_dict, "circle", "a -> b -> a")
+
+
+def test_a_run_may_follow_a_run(config_dict: dict[str, Any]) -> None:
+    config_dict["runs"]["second"] = {"reference": "default"}
+    assert config.load(config_dict).root_policy("second") == "base"
+
+
+def test_a_run_cannot_start_from_a_derived_policy(config_dict: dict[str, Any]) -> None:
+    config_dict["runs"]["default"]["reference"] = "blurred"
+    rejected(config_dict, "runs.default.reference", "derived")
+
+
+def test_a_run_and_a_policy_cannot_share_a_name(config_dict: dict[str, Any]) -> None:
+    config_dict["runs"]["base"] = {}
+    rejected(config_dict, "runs.base", "same name")
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "a.b", "", "-x", "a b"])
+def test_names_that_would_be_paths_are_refused(config_dict: dict[str, Any], name: str) -> None:
+    config_dict["datasets"][name] = {}
+    rejected(config_dict, "datasets")
+
+
+def test_a_section_of_the_wrong_kind(config_dict: dict[str, Any]) -> None:
+    config_dict["runs"] = ["default"]
+    rejected(config_dict, "runs", "list")
+
+
+def test_num_rollouts_is_the_largest_wanted(config_dict: dict[str, Any]) -> None:
+    config_dict["rewards"]["large"] = config_dict["rewards"]["default"] | {"num_rollouts": 32}
+    config_dict["runs"]["more"] = {"reward": "large", "tests": []}
+    loaded = config.load(config_dict)
+    assert loaded.num_rollouts("train") == 32
+    assert loaded.num_rollouts("holdout") == 16
+    assert loaded.num_rollouts("base") == loaded.rollout.num_rollouts
+
+
+def test_an_overlay_changes_what_it_names_and_nothing_else(root: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("run_defaults: {pairs: {top: 2}}\n")
+    base = root / "config" / "config.yaml"
+    before, after = config.read(base), config.read(base, overlay)
+    assert after.runs["default"].pairs.top == 2
+    assert after.runs["default"].pairs.weights == before.runs["default"].pairs.weights
+    assert after.model_copy(update={"runs": before.runs}) == before
+
+
+def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.yaml"):
+        config.read(tmp_path / "nothing.yaml")
+
+
+def photographs(entries: list[str]) -> set[str]:
+    """Return the built-in photographs of a list; the two halves of a stereo pair count as one."""
+    names = set()
+    for entry in entries:
+        if not entry.startswith("builtin:dead-leaves/"):
+            names.add(entry.removesuffix("_left").removesuffix("_right"))
+            continue
+        first, _, last = entry.removeprefix("builtin:dead-leaves/").partition("..")
+        names |= {f"dead-leaves/{number}" for number in range(int(first), int(last or first) + 1)}
+    return names
+
+
+def test_the_built_in_splits_do_not_meet(root: Path) -> None:
+    datasets = yaml.safe_load((root / "config" / "config.yaml").read_text())["datasets"]
+    splits = {name: photographs(datasets[name]["images"]) for name in ("base", "train", "val", "holdout")}
+    assert all(splits.values())
+    for one, other in itertools.combinations(splits, 2):
+        assert splits[one] & splits[other] == set(), f"{one} and {other} share photographs"

@@ -1,0 +1,367 @@
+"""The report on a made-up run: every figure, sentence and image comes from tables and shards that the test writes."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dp2osr import config, tables
+from dp2osr.metrics import METRICS
+from dp2osr.report import figures, sheets, text
+from dp2osr.stages import compare, report
+
+SCORED = ("fsim", "gmsd", "nlpd", "niqe", "psnr", "ssim", "piqe")
+GROUPS = [f"{photo:016x}-{crop:03d}" for photo in range(4) for crop in range(2)]
+M = 4
+
+
+def scale_table() -> pd.DataFrame:
+    """Return a scale [0, 1] for each group and metric."""
+    return pd.DataFrame(
+        [{"group_id": group, "metric": name, "min": 0.0, "max": 1.0} for group in GROUPS for name in sorted(SCORED)]
+    )
+
+
+def rewards_table(shift: float, seed: int) -> pd.DataFrame:
+    """Return a wide rewards table whose aligned scores are raised by `shift`."""
+    rng = np.random.default_rng(seed)
+    size = len(GROUPS) * M
+    frame = pd.DataFrame({"group_id": np.repeat(GROUPS, M), "rollout": np.tile(np.arange(M), len(GROUPS))})
+    for name in SCORED:
+        good = rng.uniform(0, 1, size) + shift
+        frame[name] = 1 - good if METRICS[name].lower_better else good
+        frame[f"{name}__norm"] = rng.uniform(0, 1, size)
+    frame = frame.assign(fr=0.5, nr=0.5, reward=rng.uniform(0, 1, size), rank=0, status="ok")
+    return frame.astype({"rollout": "int32", "rank": "int32"})
+
+
+def evaluation_row(policy: str, statistic: str, m: int, reference: float, gain: float, **other: Any) -> dict[str, Any]:
+    """Return a row of tables.EVALUATION with intervals of ±0.05; a gain of 0 has an interval of no width."""
+    half = 0.05 if gain else 0.0
+    row = {
+        "policy": policy,
+        "statistic": statistic,
+        "m": m,
+        "value": reference + gain,
+        "value_low": reference + gain - 0.05,
+        "value_high": reference + gain + 0.05,
+        "reference": reference,
+        "difference": gain,
+        "ci_low": gain - half,
+        "ci_high": gain + half,
+        "in_reward": False,
+        "higher_better": True,
+        "num_groups": len(GROUPS),
+        "num_photos": 4,
+    }
+    return row | other
+
+
+def evaluation_table(*, gain: float = 0.3, policy: str = "default") -> pd.DataFrame:
+    """Return an evaluation in which the worst candidate gains most, and piqe gets worse."""
+    rows = []
+    for name, share in (("base", 0.0), (policy, gain), ("blurred", -0.1)):
+        for at, m in enumerate((1, 2, 4)):
+            rows.append(evaluation_row(name, "mean_at_m", m, 0.5, share))
+            rows.append(evaluation_row(name, "worst_at_m", m, 0.5 - 0.15 * at, 1.3 * share))
+            rows.append(evaluation_row(name, "best_at_m", m, 0.5 + 0.15 * at, 0.7 * share))
+        for statistic in ("fr", "nr", "win_rate", "std"):
+            rows.append(evaluation_row(name, statistic, M, 0.5, share))
+        for metric in SCORED:
+            down = METRICS[metric].lower_better
+            change = -share if down != (metric == "piqe") else share
+            in_reward = metric in ("fsim", "gmsd", "nlpd", "niqe")
+            extra = {"in_reward": in_reward, "higher_better": not down}
+            rows.append(evaluation_row(name, metric, M, 0.4, change, **extra))
+    return pd.DataFrame(rows).astype({"m": "int32", "num_groups": "int32", "num_photos": "int32"})
+
+
+def train_log(steps: int = 60) -> pd.DataFrame:
+    """Return a log whose loss falls from log 2."""
+    at = np.arange(1, steps + 1)
+    wave = np.sin(at) * 0.02
+    frame = pd.DataFrame({"step": at, "loss": 0.693 * np.exp(-at / 80) + wave, "implicit_accuracy": 0.5 + at / 200})
+    frame["margin"], frame["abs_logit"] = at * 1e-5, at / 40
+    frame["error_chosen"], frame["error_rejected"] = at * 1e-6, at * 1.2e-5
+    frame["grad_norm"], frame["lr"], frame["num_pairs"], frame["pairs_per_second"] = 1 + wave, 1e-5, 64, 20.0
+    return frame.astype({"step": "int32", "num_pairs": "int32"})
+
+
+def validation_table(verdict: str = "ok") -> pd.DataFrame:
+    """Return three checks; the last carries `verdict`."""
+    frame = pd.DataFrame({"step": [0, 40, 80], "reward": [0.5, 0.7, 0.6], "fr": [0.5, 0.72, 0.7]})
+    frame["nr"], frame["diversity"] = [0.5, 0.68, 0.5], [0.07, 0.06, 0.02]
+    return frame.assign(best=[True, True, False], verdict=["ok", "ok", verdict]).astype({"step": "int32"})
+
+
+def images_table() -> pd.DataFrame:
+    """Return the images of GROUPS and one rejected file, whose names hold characters that HTML must escape."""
+    rows = [
+        {"image_id": group, "photo_id": group[:16], "source": f"photo <{group[15]}>.png", "status": "ok", "reason": ""}
+        for group in GROUPS
+    ]
+    rows.append({**rows[0], "image_id": "f" * 16 + "-000", "status": "rejected", "reason": "<script>cannot be read"})
+    frame = pd.DataFrame(rows).assign(sha256="0" * 64, split="test")
+    for name in ("width", "height", "crop_x", "crop_y", "crop_size", "shard"):
+        frame[name] = np.int32(0)
+    return frame
+
+
+def pairs_table() -> pd.DataFrame:
+    """Return two pairs a group."""
+    rows = [
+        {"group_id": group, "chosen": 0, "rejected": 2 + at, "reward_chosen": 0.9, "reward_rejected": 0.2, "gap": 0.7}
+        for group in GROUPS
+        for at in range(2)
+    ]
+    frame = pd.DataFrame(rows).assign(w_intra=1.0, w_inter=1.0, weight=1.0)
+    return frame.astype({"chosen": "int32", "rejected": "int32"})
+
+
+def write_shards(folder: Path, *, size: int = 32) -> dict[str, Path]:
+    """Write LR and candidate shards; return their paths by option."""
+    import torch
+
+    from dp2osr import shards
+
+    generator = torch.Generator().manual_seed(0)
+    samples, candidates = [], {"reference": [], "policy": []}
+    ramp = torch.linspace(0, 1, size).expand(3, size, size)
+    for at, group in enumerate(GROUPS):
+        hr = (0.5 + 0.5 * torch.sin(ramp * (8 + 3 * at)) * ramp.transpose(1, 2)).clamp(0, 1)
+        lr = torch.nn.functional.interpolate(hr[None], scale_factor=0.25, mode="area")[0]
+        samples.append((group, {"hr.png": shards.encode_image(hr), "lr.png": shards.encode_image(lr), "json": b"{}"}))
+        for side, noise in (("reference", 0.15), ("policy", 0.05)):
+            for rollout in range(M):
+                image = hr + noise * torch.randn(hr.shape, generator=generator)
+                candidates[side].append((f"{group}-r{rollout:04d}", {"png": shards.encode_image(image)}))
+    paths = {
+        "lr": folder / "lr.tar",
+        "candidates-reference": folder / "ref.tar",
+        "candidates-policy": folder / "pol.tar",
+    }
+    shards.write_shard(paths["lr"], samples)
+    shards.write_shard(paths["candidates-reference"], candidates["reference"])
+    shards.write_shard(paths["candidates-policy"], candidates["policy"])
+    return paths
+
+
+def job(config_dict: dict[str, Any], **changes: Any) -> str:
+    """Return the settings of the default run's report as JSON."""
+    loaded = config.load(config_dict)
+    found = {
+        "name": "default",
+        "run": loaded.runs["default"].model_dump(),
+        "reward": loaded.rewards["default"].model_dump(),
+        "evaluate": loaded.evaluate.model_dump(),
+        "report": loaded.report.model_dump() | {"num_groups": 3},
+    }
+    return json.dumps(found | changes)
+
+
+def write_run(folder: Path, *, verdict: str = "ok", size: int = 32) -> list[str]:
+    """Write everything a report needs below `folder`; return the command line without --config and --report."""
+    rewards = tables.rewards_schema(SCORED)
+    for name, frame, schema in (
+        ("pairs", pairs_table(), tables.PAIRS),
+        ("train_log", train_log(), tables.TRAIN_LOG),
+        ("validation", validation_table(verdict), tables.VALIDATION),
+        ("evaluation", evaluation_table(), tables.EVALUATION),
+        ("reference", rewards_table(0.0, 1), rewards),
+        ("policy", rewards_table(0.3, 2), rewards),
+        ("scales", scale_table(), tables.SCALES),
+        ("images", images_table(), tables.IMAGES),
+    ):
+        tables.write(frame, folder / f"{name}.parquet", schema)
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks" / "score-0000.tsv").write_text("s\th:m:s\tmax_rss\n12.5\t0:00:12\t310.2\n")
+    (folder / "benchmarks" / "score-0001.tsv").write_text("s\th:m:s\tmax_rss\n7.5\t0:00:07\t-\n")
+    argv = ["--pairs", f"{folder}/pairs.parquet", "--train-log", f"{folder}/train_log.parquet"]
+    argv += ["--validation", f"{folder}/validation.parquet", "--benchmarks", f"{folder}/benchmarks"]
+    for option, name in (
+        ("evaluation", "evaluation"),
+        ("rewards-reference", "reference"),
+        ("rewards-policy", "policy"),
+        ("scales", "scales"),
+        ("images", "images"),
+    ):
+        argv += [f"--{option}", f"holdout={folder}/{name}.parquet"]
+    for option, path in write_shards(folder, size=size).items():
+        argv += [f"--{option}", f"holdout={path}"]
+    return argv
+
+
+class Links(HTMLParser):
+    """Collects every address that the page would fetch, and every script."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keep src, href and xlink:href, and the tag of a script."""
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.found += ["script"] if tag == "script" else []
+
+
+@pytest.fixture
+def rendered(tmp_path: Path, config_dict: dict[str, Any]) -> Path:
+    """Return the report folder of a made-up run."""
+    argv = write_run(tmp_path, verdict="diversity fell under 0.25 of the reference's")
+    report.main([*argv, "--config", job(config_dict), "--report", str(tmp_path / "report" / "index.html")])
+    return tmp_path / "report"
+
+
+def test_page_is_self_contained_escaped_and_complete(rendered: Path) -> None:
+    page = (rendered / "index.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found and all(link.startswith(("#", "data:image/")) for link in links.found)
+    assert "<script" not in page and "&lt;script&gt;cannot be read (1)" in page and "photo &lt;0&gt;.png" in page
+    assert "0.800 against 0.500, a difference of +0.300 (95 % interval [+0.250, +0.350])" in page
+    assert "The guard stopped the training at step 80: diversity fell under 0.25" in page
+    assert page.count("data:image/png") == 3 * 12
+    assert page.count("<svg") == 5
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    stylesheet = page[: page.index("</style>")]
+    assert "prefers-color-scheme: dark" in stylesheet
+
+
+def test_files_beside_the_page(rendered: Path) -> None:
+    from PIL import Image
+
+    names = {path.relative_to(rendered).as_posix() for path in rendered.rglob("*") if path.is_file()}
+    assert {"contact_sheet.png", "figures/at_m-holdout.png", "figures/training.png"} <= names
+    timings = pd.read_csv(rendered / "tables" / "timings.csv")
+    assert timings.to_dict("records") == [{"job": "benchmarks/score-*", "jobs": 2, "seconds": 20.0, "max_rss": 310.2}]
+    with Image.open(rendered / "contact_sheet.png") as sheet:
+        assert sheet.width > 2 * 4 * 64
+    metrics = pd.read_csv(rendered / "tables" / "metrics-holdout.csv").set_index("title")
+    assert metrics.loc["piqe ↓", "judged"] == "worse" and metrics.loc["piqe ↓", "winner"] == "reference"
+    assert metrics.loc["niqe ↓", "winner"] == "policy" and metrics.loc["niqe ↓", "role"] == "in the reward"
+
+
+def test_missing_option_is_one_clear_line(tmp_path: Path, config_dict: dict[str, Any]) -> None:
+    from dp2osr.errors import UserError
+
+    argv = write_run(tmp_path)
+    at = argv.index("--scales")
+    with pytest.raises(UserError, match="--scales: found 0 files for data set 'holdout', wanted one"):
+        report.main([*argv[:at], *argv[at + 2 :], "--config", job(config_dict), "--report", str(tmp_path / "i.html")])
+
+
+def test_verdict_follows_the_numbers() -> None:
+    words = {"dataset": "holdout", "policy": "default", "reference": "base", "confidence": 0.95}
+    good = " ".join(text.verdict(evaluation_table(gain=0.3), **words))
+    assert (
+        "It is better than base: the interval excludes 0" in good and "worst candidate of an image gained most" in good
+    )
+    assert "Both the full-reference and the no-reference part rose" in good
+    assert "psnr and ssim better; piqe worse" in good and "rough guide" in good
+    bad = " ".join(text.verdict(evaluation_table(gain=-0.3), **words))
+    assert (
+        "It is worse than base" in bad and "did not gain most" in bad and "part fell, the no-reference part fell" in bad
+    )
+    flat = " ".join(text.verdict(evaluation_table(gain=0.02), **words))
+    assert "It is not clearly different from base: the interval includes 0" in flat and "did not gain most" in flat
+
+
+def test_guard_sentences() -> None:
+    assert text.training_sentence(validation_table(), train_log()) == (
+        "The guard did not fire in 60 steps. The policy is the checkpoint of step 40, the best so far.",
+        False,
+    )
+    sentence, fired = text.training_sentence(validation_table().iloc[:0], train_log())
+    assert "The guard was off; the policy is the last step, 60" in sentence and not fired
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "wanted"),
+    [
+        (0.1234, True, "+0.123"),
+        (-0.5, False, "−0.500"),
+        (23.456, False, "23.46"),
+        (float("nan"), True, "–"),
+        (0.0, False, "0.000"),
+        (0.00123, False, "0.00123"),
+    ],
+)
+def test_numbers_as_text(value: float, signed: bool, wanted: str) -> None:
+    assert text.number(value, signed=signed) == wanted
+
+
+def test_groups_are_spread_over_gain_and_photographs() -> None:
+    rows = [{"group_id": group, "rollout": 0, "reward": 0.0} for group in "abcdef"]
+    reference = pd.DataFrame(rows)
+    policy = reference.assign(reward=[0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    photos = {"f": "p", "e": "p", "d": "q", "c": "q", "b": "r", "a": "r"}
+    assert sheets.choose_groups(reference, policy, photos, 3) == ["f", "d", "a"]
+    assert sheets.choose_groups(reference, policy, photos, 9) == list("fedcba")
+
+
+def test_picks_same_seeds_and_own_extremes_without_missing_rewards() -> None:
+    reference = pd.DataFrame({"rollout": range(5), "reward": [0.5, np.nan, 0.1, 0.9, 0.5]})
+    policy = pd.DataFrame({"rollout": [0, 2, 3], "reward": [0.2, 0.8, 0.4]})
+    rows = [[(found.role, found.rollout, found.reward) for found in row] for row in sheets.pick(reference, policy)]
+    assert rows[0] == [("worst", 2, 0.1), ("median", 4, 0.5), ("best", 3, 0.9)]
+    assert rows[1] == [("same seed", 2, 0.8), ("same seed", 3, 0.4)]  # the policy has no candidate 4
+    assert rows[2] == [("worst", 0, 0.2), ("median", 3, 0.4), ("best", 2, 0.8)]
+
+
+def test_figures_are_the_same_bytes_twice() -> None:
+    first, second = figures.training(train_log()), figures.training(train_log())
+    assert first == second and "currentColor" in first.svg and first.png.startswith(b"\x89PNG")
+
+
+def compare_job(config_dict: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
+    """Return the settings of a comparison: the default run with `variants` of its pairs and seed."""
+    loaded = config.load(config_dict)
+    base = loaded.runs["default"].model_dump()
+    runs = {}
+    for name, change in variants.items():
+        pairs = base["pairs"] | {key: value for key, value in change.items() if key != "seed"}
+        runs[name] = base | {"pairs": pairs, "seed": change.get("seed", 0)}
+    rewards = {"default": loaded.rewards["default"].model_dump()}
+    return json.dumps({"runs": runs, "rewards": rewards, "evaluate": loaded.evaluate.model_dump()})
+
+
+def compare_argv(folder: Path, gains: dict[str, float]) -> list[str]:
+    """Write the tables of runs with these gains; return the command line without --config and --report."""
+    argv = []
+    for name, gain in gains.items():
+        tables.write(evaluation_table(gain=gain, policy=name), folder / f"{name}.parquet", tables.EVALUATION)
+        tables.write(train_log(), folder / f"{name}.log.parquet", tables.TRAIN_LOG)
+        tables.write(validation_table(), folder / f"{name}.val.parquet", tables.VALIDATION)
+        argv += ["--evaluation", f"{name}/holdout={folder}/{name}.parquet"]
+        argv += ["--train-log", f"{name}={folder}/{name}.log.parquet"]
+        argv += ["--validation", f"{name}={folder}/{name}.val.parquet"]
+    return argv
+
+
+def test_comparison_of_a_sweep(tmp_path: Path, config_dict: dict[str, Any]) -> None:
+    variants = {
+        "default": {},
+        "again": {"seed": 1},
+        "few": {"top": 1},
+        "many": {"top": 8},
+        "plain": {"weights": "none"},
+        "random": {"selection": "random"},
+    }
+    gains = {"default": 0.30, "again": 0.31, "few": 0.15, "many": 0.32, "plain": 0.29, "random": 0.01}
+    argv = compare_argv(tmp_path, gains)
+    settings = compare_job(config_dict, variants)
+    compare.main([*argv, "--config", settings, "--report", str(tmp_path / "out" / "compare.html")])
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "N/M: mean gain 0.0625: +0.150, 0.25: +0.305, 0.5: +0.320 (range 0.170; two seeds" in page
+    assert "most gain at 0.5" in page
+    assert re.search(r"HPO weights: mean gain both: \+0\.305, none: \+0\.290 .*: too small a change to tell\.", page)
+    table = pd.read_csv(tmp_path / "out" / "compare.csv").set_index("run")
+    assert table.loc["few", "mean_difference"] == pytest.approx(0.15) and table.loc["few", "N/M"] == 1 / 16
+    assert table.loc["default", "kept_step"] == 40 and (table["guard"] == "ok").all()
+    assert (tmp_path / "out" / "figures" / "sweep-holdout.png").is_file()

@@ -1,0 +1,153 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_shards
+from dp2osr import config, seeds
+from dp2osr.errors import UserError
+from dp2osr.sampling import images_control
+from dp2osr.shards import decode_image, read_shard
+from dp2osr.stages import rollout
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def job(tmp_path: Path, config_dict: dict[str, Any], tiny_model: Path) -> list[str]:
+    """Return the command line of a job of 3 groups x 4 rollouts; the output is tmp_path/out.tar."""
+    groups = tiny_shards.names(3)
+    policy = tiny_shards.policy(config_dict, tiny_model)
+    tiny_shards.write_lr(tmp_path / "lr.tar", groups)
+    tiny_shards.write_embeddings(tmp_path / "embeddings.safetensors", groups, policy)
+    return command(tmp_path, policy)
+
+
+def command(
+    folder: Path, policy: config.PolicySettings, *, first: int = 0, count: int = 4, batch: int = 5, out: str = "out.tar"
+) -> list[str]:
+    settings = rollout.RolloutJob(policy=policy, seed=7, first=first, count=count, scale=4, image_format="png")
+    inputs = ["--lr", str(folder / "lr.tar"), "--embeddings", str(folder / "embeddings.safetensors")]
+    how = ["--control", policy.control, "--batch-size", str(batch), "--device", "cpu"]
+    return [*inputs, *how, "--config", settings.model_dump_json(), "--candidates", str(folder / out)]
+
+
+def test_plan_keeps_a_group_together() -> None:
+    assert rollout.plan(["a", "b"], 2, 2, 3) == [[("a", 2), ("a", 3), ("b", 2)], [("b", 3)]]
+
+
+def test_pack_round_trip() -> None:
+    samples = [("b-r0000", {"png": b"\x00\xff", "json": b"{}"}), ("a-r0001", {"png": b"", "json": b"[]"})]
+    assert rollout.unpack(rollout.pack(samples)) == samples
+
+
+def test_control_image_is_bicubic() -> None:
+    def keys(x: float, a: float = -0.75) -> float:  # cubic convolution with torch's parameter
+        x = abs(x)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+
+    line = torch.linspace(0.2, 0.8, 8) ** 2
+    up = images_control(line.expand(1, 3, 8, 8), 4)
+    assert up.shape == (1, 3, 32, 32)
+    position = 16.5 / 4 - 0.5
+    expected = sum(float(line[i]) * keys(position - i) for i in range(2, 6))
+    assert up[0, 0, 10, 16] == pytest.approx(expected, abs=1e-6)
+    edges = images_control(torch.eye(8).expand(1, 3, 8, 8), 4)
+    assert edges.min() == 0
+    assert edges.max() <= 1
+
+
+def test_candidates_say_where_they_come_from(tmp_path: Path, job: list[str]) -> None:
+    rollout.main(job)
+    samples = list(read_shard(tmp_path / "out.tar"))
+    group = tiny_shards.names(3)[1]
+    assert [key for key, _ in samples[4:8]] == [f"{group}-r{number:04d}" for number in range(4)]
+    facts = json.loads(samples[5][1]["json"])
+    assert (facts["group_id"], facts["rollout"]) == (group, 1)
+    assert facts["seed"] == seeds.candidate(7, group, 1)
+    assert facts["sampling"]["steps"] == 2
+    assert len(facts["policy_hash"]) == 16
+    assert decode_image(samples[0][1]["png"]).shape == (3, 32, 32)
+    assert len({fields["png"] for _, fields in samples}) == 12
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_more_rollouts_only_add_blocks(
+    tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path
+) -> None:
+    rollout.main(job)
+    policy = tiny_shards.policy(config_dict, tiny_model)
+    rollout.main(command(tmp_path, policy, first=2, count=2, batch=1, out="block.tar"))
+    whole = dict(read_shard(tmp_path / "out.tar"))
+    for key, fields in read_shard(tmp_path / "block.tar"):
+        assert torch.allclose(decode_image(fields["png"]), decode_image(whole[key]["png"]), atol=1.5 / 255)
+
+
+def test_killed_job_goes_on_with_the_same_bytes(
+    tmp_path: Path, job: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout.main(job)
+    undisturbed = (tmp_path / "out.tar").read_bytes()
+    (tmp_path / "out.tar").unlink()
+    real, calls = rollout.Sampler.candidates, []
+
+    def counted(self: rollout.Sampler, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise Killed
+        return real(self, batch)
+
+    monkeypatch.setattr(rollout.Sampler, "candidates", counted)
+    with pytest.raises(Killed):
+        rollout.main(job)
+    assert not (tmp_path / "out.tar").exists()
+    rollout.main(job)
+    assert len(calls) == 4  # two kept batches, the one that was killed, and that one again
+    assert (tmp_path / "out.tar").read_bytes() == undisturbed
+
+
+def test_parts_of_other_settings_are_not_mixed_in(
+    tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout.resume.Parts, "clear", lambda self: None)
+    rollout.main(job)
+    rollout.main(command(tmp_path, tiny_shards.policy(config_dict, tiny_model, steps=3)))
+    assert len(list((tmp_path / "out.tar.parts").iterdir())) == 2
+
+
+def test_parts_taken_away_by_a_second_writer_are_computed_again(tmp_path: Path) -> None:
+    parts = rollout.resume.Parts(tmp_path / "out.tar", "mark")
+    stream = rollout.resumed(lambda batch: [(f"{batch[0][0]}-r0000", {"json": b"{}"})], [[("a", 0)], [("b", 0)]], parts)
+    first = next(stream)
+    parts.clear()
+    assert [first, *stream] == [("a-r0000", {"json": b"{}"}), ("b-r0000", {"json": b"{}"})]
+
+
+def test_guidance_uses_the_negative_prompt(
+    tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path
+) -> None:
+    rollout.main(job)
+    rollout.main(command(tmp_path, tiny_shards.policy(config_dict, tiny_model, guidance=3.5), out="guided.tar"))
+    plain, guided = (dict(read_shard(tmp_path / name)) for name in ("out.tar", "guided.tar"))
+    assert all(plain[key]["png"] != guided[key]["png"] for key in plain)
+
+
+def test_wrong_inputs_are_named(tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path) -> None:
+    policy = tiny_shards.policy(config_dict, tiny_model)
+    tiny_shards.write_embeddings(tmp_path / "embeddings.safetensors", tiny_shards.names(2), policy)
+    with pytest.raises(UserError, match="no prompt of group 0000000000000002-000"):
+        rollout.main(job)
+    tiny_shards.write_embeddings(tmp_path / "embeddings.safetensors", tiny_shards.names(3), policy)
+    job[job.index("--control") + 1] = str(tmp_path / "absent")
+    with pytest.raises(UserError, match="absent"):
+        rollout.main(job)
+    data = (tmp_path / "lr.tar").read_bytes()
+    (tmp_path / "lr.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"lr\.tar: truncated"):
+        rollout.main(job)
