@@ -26,7 +26,7 @@ demo: env ## images to report with the embedded model (results/runs/default/repo
 	@$(WORKFLOW) results/runs/default/report/index.html $(SNAKEMAKE)
 
 study: env ## a second training seed and the controls, compared on one page
-	@$(WORKFLOW) results/report/index.html $(SNAKEMAKE) --configfile config/study.yaml -- compare
+	@$(WORKFLOW) results/report/compare.html $(SNAKEMAKE) --configfile config/study.yaml -- figures
 
 base: env ## train the embedded model again from images (long)
 	@$(WORKFLOW) build/tiny-sd $(SNAKEMAKE) --configfile config/pretrain.yaml -- pretrain

@@ -37,3 +37,10 @@ include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/pretrain.smk"
 include: "rules/targets.smk"
+
+
+# Here and not in targets.smk: an included file cannot set the default target.
+rule all:
+    default_target: True
+    input:
+        each_run(f"{R}/runs/{{run}}/report/index.html"),

@@ -18,7 +18,7 @@ PLATFORM = {
 }
 HEADER = """\
 # Made by envs/compile.sh from requirements.txt; not to be edited by hand.
-# PIP_NO_DEPS=1 conda env create -f envs/environment.yaml && conda run -n dp2o-sr pip install --no-deps -e .
+# PIP_NO_DEPS=1 conda env create -f envs/environment.yaml && conda run -n dp2o-sr pip install --no-deps --no-build-isolation -e .
 """
 
 

@@ -1,4 +1,9 @@
 import json
+import shlex
+import sys
+
+# `python` in the rules is the one that runs Snakemake, whether or not its environment is activated.
+shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 
 wildcard_constraints:

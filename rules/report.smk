@@ -25,6 +25,19 @@ def report_datasets(wildcards):
     return list(dict.fromkeys([run.dataset, *guard, *run.tests]))
 
 
+def report_benchmarks(wildcards):
+    """Where the jobs of a run left their timings: those of its data sets, its policies and its own."""
+    run = cfg.runs[wildcards.run]
+    policies = dict.fromkeys([run.reference, wildcards.run, *run.controls])
+    folders = ["*.tsv", "prompt", *policies]
+    found = [
+        f"{R}/benchmarks/{dataset}/{name}"
+        for dataset in report_datasets(wildcards)
+        for name in folders
+    ]
+    return [*found, f"{R}/benchmarks/runs/{wildcards.run}"]
+
+
 REPORT_FILES = {
     "evaluation": f"{R}/runs/{{run}}/evaluation/{{dataset}}.parquet",
     "rewards_policy": f"{R}/{{dataset}}/{{run}}/rewards/{{reward}}.parquet",
@@ -38,7 +51,7 @@ REPORT_FILES = {
 
 def report_input(wildcards):
     run = cfg.runs[wildcards.run]
-    fixed = {"reward": run.reward, "reference": run.reference}
+    fixed = {"reward": cfg.judge(wildcards.run), "reference": run.reference}
     found = {
         name: tested(wildcards, pattern, **fixed)
         for name, pattern in REPORT_FILES.items()
@@ -69,9 +82,9 @@ rule report:
             labels={"file": "contact sheet"},
         ),
     log:
-        f"{R}/logs/{{run}}/report.log",
+        f"{R}/logs/runs/{{run}}/report.log",
     benchmark:
-        f"{R}/benchmarks/{{run}}/report.tsv"
+        f"{R}/benchmarks/runs/{{run}}/report.tsv"
     threads: 1
     resources:
         mem_mb=4000,
@@ -81,15 +94,12 @@ rule report:
             named(option.replace("_", "-"), wildcards, getattr(input, option))
             for option in [*REPORT_FILES, "images"]
         ),
-        benchmarks=lambda wildcards: [
-            f"{R}/benchmarks/{name}"
-            for name in [*report_datasets(wildcards), wildcards.run]
-        ],
+        benchmarks=report_benchmarks,
         config=lambda wildcards: params_json(
             {
                 "name": wildcards.run,
                 "run": cfg.runs[wildcards.run].model_dump(),
-                "reward": cfg.rewards[cfg.runs[wildcards.run].reward].model_dump(),
+                "reward": cfg.rewards[cfg.judge(wildcards.run)].model_dump(),
                 "evaluate": cfg.evaluate.model_dump(),
                 "report": cfg.report.model_dump(),
             }
@@ -97,7 +107,7 @@ rule report:
         version=versions.REPORT,
     shell:
         "python -m dp2osr.stages.report --pairs {input.pairs} --train-log {input.train_log}"
-        " --validation {input.validation} {params.named} --benchmarks {params.benchmarks}"
+        " --validation {input.validation} {params.named} --benchmarks {params.benchmarks:q}"
         " --config {params.config:q} --report {output.report} 2> {log}"
 
 

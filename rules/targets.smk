@@ -32,12 +32,6 @@ localrules:
     figures,
 
 
-rule all:
-    default_target: True
-    input:
-        each_run(f"{R}/runs/{{run}}/report/index.html"),
-
-
 rule rollouts:
     input:
         each_training_set(

@@ -5,6 +5,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,12 +48,12 @@ def build(folder: Path, *, seed: int = 0) -> Path:
                 ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
             ):
                 torch.nn.init.normal_(parameter, std=0.05)
-        _text_encoder().save_pretrained(folder / "text_encoder", safe_serialization=True)
-    for part, module in (("vae", vae), ("unet", unet), ("controlnet", control)):
+        text_encoder = _text_encoder()
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "controlnet": control, "text_encoder": text_encoder}
+    for part, module in parts.items():
         module.save_pretrained(folder / part, safe_serialization=True)
-    DDPMScheduler(beta_schedule="scaled_linear", prediction_type="epsilon", clip_sample=False).save_pretrained(
-        folder / "scheduler"
-    )
+    scheduler: Any = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="epsilon", clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
     write_tokenizer(folder / "tokenizer")
     write_index(folder)
     return folder

@@ -268,6 +268,7 @@ class RunSettings(Strict):
     reference: str
     dataset: str
     reward: str
+    judge: str
     pairs: PairSettings
     train: TrainSettings
     tests: list[str]
@@ -356,16 +357,20 @@ class Config(Strict):
         """Return the settings of the root policy behind `name` (model, sampling)."""
         return self.policies[self.root_policy(name)]
 
-    def metric_group(self, metric: str) -> str:
-        """Return the name of the metric group that computes `metric`."""
-        return next(name for name, metrics in self.iqa.groups.items() if metric in metrics)
+    def judge(self, run: str) -> str:
+        """Return the reward by which a run is validated and reported: its own, unless it names another."""
+        return self.runs[run].judge or self.runs[run].reward
 
     def num_rollouts(self, dataset: str) -> int:
         """Return how many rollouts `dataset` needs: the largest M of the rewards that use it."""
         used = [
-            self.rewards[run.reward].num_rollouts
-            for run in self.runs.values()
-            if dataset in (run.dataset, run.train.guard.dataset, *run.tests)
+            self.rewards[reward].num_rollouts
+            for name, run in self.runs.items()
+            for reward, datasets in (
+                (run.reward, [run.dataset]),
+                (self.judge(name), [*run.tests, run.train.guard.dataset]),
+            )
+            if dataset in datasets
         ]
         return max([*used, 1]) if used else self.rollout.num_rollouts
 
@@ -471,6 +476,7 @@ def _check_run(config: Config, name: str, run: RunSettings, models: set[str]) ->
     _known(f"runs.{name}.reference", run.reference, models)
     _known(f"runs.{name}.dataset", run.dataset, config.datasets)
     _known(f"runs.{name}.reward", run.reward, config.rewards)
+    _known(f"runs.{name}.judge", config.judge(name), config.rewards)
     if run.train.guard.every:
         _known(f"runs.{name}.train.guard.dataset", run.train.guard.dataset, config.datasets)
     for test in run.tests:
@@ -483,8 +489,10 @@ def _check_run(config: Config, name: str, run: RunSettings, models: set[str]) ->
             f"config: runs.{name}.pairs.top: found {run.pairs.top}, wanted at most {num_rollouts // 2} "
             f"(half of rewards.{run.reward}.num_rollouts = {num_rollouts})"
         )
-    if run.train.guard.every and run.train.guard.num_rollouts > num_rollouts:
-        raise UserError(f"config: runs.{name}.train.guard.num_rollouts: wanted at most M = {num_rollouts}")
+    judged = config.rewards[config.judge(name)].num_rollouts
+    if run.train.guard.every and run.train.guard.num_rollouts > judged:
+        found = run.train.guard.num_rollouts
+        raise UserError(f"config: runs.{name}.train.guard.num_rollouts: found {found}, wanted at most M = {judged}")
     seen = [name]
     while run.reference in config.runs:
         seen.append(run.reference)

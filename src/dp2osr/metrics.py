@@ -38,7 +38,7 @@ METRICS: dict[str, Metric] = {
     "nlpd": Metric("fr", True, 0.0, None, 32, False),
     "mad": Metric("fr", True, 0.0, None, 32, False, scratch=2800),
     # no reference; niqe takes the parameters that the `niqe` stage fits
-    "niqe": Metric("nr", True, 0.0, None, 32, False),
+    "niqe": Metric("nr", True, 0.0, None, 32, False, scratch=400),
     "piqe": Metric("nr", True, 0.0, 100.0, 32, False),
     "entropy": Metric("nr", False, 0.0, 8.0, 1, False, scratch=2100),
     # with weights from a hub: the paper's reward and evaluation sets; scored one by one until batches are verified

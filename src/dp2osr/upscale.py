@@ -168,9 +168,11 @@ def pick(candidates: Sequence[torch.Tensor], metric: str, scorer: Any) -> int:
     values = []
     for candidate in candidates:
         image = shards.decode_image(shards.encode_image(candidate))[None]  # what the file will hold
-        values.append(direction * float(scorer.score(image, image)[metric][0]))
+        values.append(direction * float(scorer.score(image)[metric][0]))
     ranked = [value if math.isfinite(value) else -math.inf for value in values]
     logger.info("%s: %s", metric, ", ".join(f"{direction * value:.4f}" for value in values))
+    if max(ranked) == -math.inf:
+        logger.warning("%s gives no number for images of this size; the first candidate is taken", metric)
     return ranked.index(max(ranked))
 
 

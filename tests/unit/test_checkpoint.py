@@ -17,9 +17,9 @@ def snapshot(step: int, *, best: int = 0, ema: bool = False) -> Snapshot:
 
 def test_round_trip(tmp_path: Path) -> None:
     store = Store(tmp_path, "mark", record={"commit": "abc"})
-    assert store.load(torch.device("cpu")) is None
+    assert store.load() is None
     store.save(snapshot(3, ema=True))
-    found = Store(tmp_path, "mark", record={}).load(torch.device("cpu"))
+    found = Store(tmp_path, "mark", record={}).load()
     assert found is not None and found.progress == snapshot(3).progress
     assert found.policy["w"].tolist() == [[3, 3], [3, 3]] and found.optimizer["state"][0].tolist() == [1, 1]
     assert store.weights(3)["w"][0, 0] == -3
@@ -38,7 +38,7 @@ def test_other_settings_are_not_resumed(tmp_path: Path, caplog: pytest.LogCaptur
     Store(tmp_path, "old", record={}).save(snapshot(1))
     caplog.set_level("INFO")
     store = Store(tmp_path, "new", record={})
-    assert store.load(torch.device("cpu")) is None and "not used: old" in caplog.text
+    assert store.load() is None and "not used: old" in caplog.text
     store.save(snapshot(2))
     store.clear_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

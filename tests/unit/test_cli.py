@@ -86,3 +86,10 @@ def test_show_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str
     tables.write(frame, tmp_path / "prompts.parquet", tables.PROMPTS)
     cli.main(["show", str(tmp_path / "prompts.parquet")])
     assert "prompt" in capsys.readouterr().out
+
+
+def test_best_of_a_real_metric(tmp_path: Path, config_file: Path) -> None:
+    source = save(tmp_path / "in.png")
+    arguments = ["upscale", str(source), "--config", str(config_file), "--device", "cpu", "-o", str(tmp_path / "a.png")]
+    cli.main([*arguments, "--candidates", "2", "--best-of", "entropy"])
+    assert Image.open(tmp_path / "a.png").size == (28, 36)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -198,7 +199,7 @@ def test_wrong_input() -> None:
         evaluation.evaluate({"base": rewards}, reference="base", images=images(rewards)[1:], **common)
 
 
-def test_stage(tmp_path) -> None:
+def test_stage(tmp_path: Path) -> None:
     base, tuned = raw(), raw(seed=1, better=0.2)
     paths = {}
     for name, wide in (("base", base), ("tuned", tuned)):

@@ -2,13 +2,14 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from dp2osr import tables
-from dp2osr.config import PairSettings
+from dp2osr.config import PairSettings, RewardSettings
 from dp2osr.errors import UserError
 from dp2osr.preference import reward as reward_core
 from dp2osr.preference.pairs import select_pairs
@@ -148,14 +149,12 @@ def test_random_selection() -> None:
     np.testing.assert_allclose(np.delete(usage, 5), 1 / 11, atol=0.03)
 
 
-def test_stage(tmp_path) -> None:
+def test_stage(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scores = pd.DataFrame(
         [(g, m, name, rng.random(), "ok") for g in "ab" for m in range(4) for name in ("ssim", "niqe")],
         columns=tables.SCORES.names,
     ).astype({"rollout": "int32"})
-    from dp2osr.config import RewardSettings
-
     definition = RewardSettings(fr=["ssim"], nr=["niqe"], weight_fr=0.5, num_rollouts=4)
     rewards, _ = reward_core.rewards(scores, definition)
     tables.write(rewards, tmp_path / "rewards.parquet", tables.rewards_schema(["ssim", "niqe"]))

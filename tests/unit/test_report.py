@@ -12,7 +12,7 @@ import pytest
 
 from dp2osr import config, tables
 from dp2osr.metrics import METRICS
-from dp2osr.report import figures, sheets, text
+from dp2osr.report import comparison, figures, sheets, text
 from dp2osr.stages import compare, report
 
 SCORED = ("fsim", "gmsd", "nlpd", "niqe", "psnr", "ssim", "piqe")
@@ -151,9 +151,9 @@ def write_shards(folder: Path, *, size: int = 32) -> dict[str, Path]:
     return paths
 
 
-def job(config_dict: dict[str, Any], **changes: Any) -> str:
+def job(root: Path, **changes: Any) -> str:
     """Return the settings of the default run's report as JSON."""
-    loaded = config.load(config_dict)
+    loaded = config.read(root / "config" / "config.yaml")
     found = {
         "name": "default",
         "run": loaded.runs["default"].model_dump(),
@@ -209,11 +209,12 @@ class Links(HTMLParser):
         self.found += ["script"] if tag == "script" else []
 
 
-@pytest.fixture
-def rendered(tmp_path: Path, config_dict: dict[str, Any]) -> Path:
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """Return the report folder of a made-up run."""
+    tmp_path = tmp_path_factory.mktemp("run")
     argv = write_run(tmp_path, verdict="diversity fell under 0.25 of the reference's")
-    report.main([*argv, "--config", job(config_dict), "--report", str(tmp_path / "report" / "index.html")])
+    report.main([*argv, "--config", job(root), "--report", str(tmp_path / "report" / "index.html")])
     return tmp_path / "report"
 
 
@@ -239,7 +240,9 @@ def test_files_beside_the_page(rendered: Path) -> None:
     names = {path.relative_to(rendered).as_posix() for path in rendered.rglob("*") if path.is_file()}
     assert {"contact_sheet.png", "figures/at_m-holdout.png", "figures/training.png"} <= names
     timings = pd.read_csv(rendered / "tables" / "timings.csv")
-    assert timings.to_dict("records") == [{"job": "benchmarks/score-*", "jobs": 2, "seconds": 20.0, "max_rss": 310.2}]
+    assert timings.to_dict("records") == [
+        {"job": f"{rendered.parent.name}/benchmarks/score-*", "jobs": 2, "seconds": 20.0, "max_rss": 310.2}
+    ]
     with Image.open(rendered / "contact_sheet.png") as sheet:
         assert sheet.width > 2 * 4 * 64
     metrics = pd.read_csv(rendered / "tables" / "metrics-holdout.csv").set_index("title")
@@ -247,13 +250,13 @@ def test_files_beside_the_page(rendered: Path) -> None:
     assert metrics.loc["niqe ↓", "winner"] == "policy" and metrics.loc["niqe ↓", "role"] == "in the reward"
 
 
-def test_missing_option_is_one_clear_line(tmp_path: Path, config_dict: dict[str, Any]) -> None:
+def test_missing_option_is_one_clear_line(tmp_path: Path, root: Path) -> None:
     from dp2osr.errors import UserError
 
     argv = write_run(tmp_path)
     at = argv.index("--scales")
     with pytest.raises(UserError, match="--scales: found 0 files for data set 'holdout', wanted one"):
-        report.main([*argv[:at], *argv[at + 2 :], "--config", job(config_dict), "--report", str(tmp_path / "i.html")])
+        report.main([*argv[:at], *argv[at + 2 :], "--config", job(root), "--report", str(tmp_path / "i.html")])
 
 
 def test_verdict_follows_the_numbers() -> None:
@@ -314,14 +317,24 @@ def test_picks_same_seeds_and_own_extremes_without_missing_rewards() -> None:
     assert rows[2] == [("worst", 0, 0.2), ("median", 3, 0.4), ("best", 2, 0.8)]
 
 
+def test_a_setting_is_compared_on_equal_terms() -> None:
+    grid = pd.DataFrame([{"M": m, "N/M": share} for m in (8, 16, 32) for share in (1 / 16, 1 / 8, 1 / 4)])
+    grid = grid[(grid["M"] > 8) | (grid["N/M"] > 1 / 16)]  # one candidate in sixteen of eight cannot be
+    settings = ["M", "N/M"]
+    assert set(comparison.balanced(grid, "M", settings)["N/M"]) == {1 / 8, 1 / 4}
+    assert set(comparison.balanced(grid, "N/M", settings)["M"]) == {16, 32}
+    assert len(comparison.balanced(grid[["M"]], "M", ["M"])) == len(grid)
+
+
 def test_figures_are_the_same_bytes_twice() -> None:
-    first, second = figures.training(train_log()), figures.training(train_log())
+    words = {"dataset": "holdout", "policy": "default", "reference": "base"}
+    first, second = (figures.at_m(evaluation_table(), **words) for _ in range(2))
     assert first == second and "currentColor" in first.svg and first.png.startswith(b"\x89PNG")
 
 
-def compare_job(config_dict: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
+def compare_job(root: Path, variants: dict[str, dict[str, Any]]) -> str:
     """Return the settings of a comparison: the default run with `variants` of its pairs and seed."""
-    loaded = config.load(config_dict)
+    loaded = config.read(root / "config" / "config.yaml")
     base = loaded.runs["default"].model_dump()
     runs = {}
     for name, change in variants.items():
@@ -344,7 +357,7 @@ def compare_argv(folder: Path, gains: dict[str, float]) -> list[str]:
     return argv
 
 
-def test_comparison_of_a_sweep(tmp_path: Path, config_dict: dict[str, Any]) -> None:
+def test_comparison_of_a_sweep(tmp_path: Path, root: Path) -> None:
     variants = {
         "default": {},
         "again": {"seed": 1},
@@ -355,7 +368,7 @@ def test_comparison_of_a_sweep(tmp_path: Path, config_dict: dict[str, Any]) -> N
     }
     gains = {"default": 0.30, "again": 0.31, "few": 0.15, "many": 0.32, "plain": 0.29, "random": 0.01}
     argv = compare_argv(tmp_path, gains)
-    settings = compare_job(config_dict, variants)
+    settings = compare_job(root, variants)
     compare.main([*argv, "--config", settings, "--report", str(tmp_path / "out" / "compare.html")])
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "N/M: mean gain 0.0625: +0.150, 0.25: +0.305, 0.5: +0.320 (range 0.170; two seeds" in page

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from dp2osr.preference.columns import read_columns
 from dp2osr.stages import reward as reward_stage
 
 M4 = RewardSettings(fr=["ssim", "gmsd"], nr=["niqe"], weight_fr=0.5, num_rollouts=4)
+M5 = M4.model_copy(update={"num_rollouts": 5})
 # candidate            0     1    2     3      ssim: higher, gmsd and niqe: lower is better
 SSIM, GMSD, NIQE = [0.2, 0.4, 0.6, 1.0], [4.0, 3.0, 2.0, 0.0], [5.0, 5.0, 1.0, 3.0]
 FR, NR = [0.0, 0.25, 0.5, 1.0], [0.0, 0.0, 1.0, 0.5]
@@ -74,16 +76,13 @@ def test_constant_metric_favours_nobody() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        frame, scales = core.rewards(long(ssim=[*SSIM, bad], gmsd=[*GMSD, 9.0], niqe=[*NIQE, 2.0]), M4_OF_5)
+        frame, scales = core.rewards(long(ssim=[*SSIM, bad], gmsd=[*GMSD, 9.0], niqe=[*NIQE, 2.0]), M5)
     np.testing.assert_allclose(frame["ssim__norm"][:4], FR)  # the others' min and max do not move
     assert frame["reward"].isna().tolist() == [False] * 4 + [True]
     assert frame["rank"].tolist()[-1] == -1 and sorted(frame["rank"])[1:] == [0, 1, 2, 3]
     assert frame["status"].tolist() == ["ok"] * 4 + ["no number: ssim"]
     assert scales["max"].tolist() == [9.0, 5.0, 1.0]
     assert "1 of 5 candidates, in 1 of 1 groups: a" in caplog.text
-
-
-M4_OF_5 = M4.model_copy(update={"num_rollouts": 5})
 
 
 def test_held_out_metric_without_a_number_leaves_the_reward() -> None:
@@ -165,7 +164,7 @@ def test_widen_keeps_the_candidates_there_are() -> None:
     np.testing.assert_array_equal(wide["psnr"], [np.nan, np.nan, 3])
 
 
-def test_stage(tmp_path) -> None:
+def test_stage(tmp_path: Path) -> None:
     """Any cut into shards, blocks and metric groups gives the same bytes."""
     rng = np.random.default_rng(1)
     data = [long(name, ssim=rng.random(4), gmsd=rng.random(4), niqe=rng.random(4)) for name in "abcd"]
@@ -197,12 +196,12 @@ def test_stage(tmp_path) -> None:
     assert len(tables.read(tmp_path / "one" / "scales.parquet", tables.SCALES)) == 12
 
 
-def test_read_columns_checks_the_file(tmp_path) -> None:
+def test_read_columns_checks_the_file(tmp_path: Path) -> None:
     frame, scales = core.rewards(long(ssim=SSIM, gmsd=GMSD, niqe=NIQE), M4)
     tables.write(frame, tmp_path / "r.parquet", tables.rewards_schema(["ssim", "gmsd", "niqe"]))
     tables.write(scales, tmp_path / "s.parquet", tables.SCALES)
     assert read_columns(tmp_path / "r.parquet", ["rollout"]).column_names == ["rollout"]
-    with pytest.raises(UserError, match="column 'fr' is missing|column 'rollout' is missing"):
+    with pytest.raises(UserError, match="column 'rollout' is missing"):
         read_columns(tmp_path / "s.parquet", ["rollout"])
     with pytest.raises(UserError, match="unknown column"):
         read_columns(tmp_path / "r.parquet", ["group_id"], schema=tables.SCORES.remove(4).remove(3).remove(2))

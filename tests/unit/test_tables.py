@@ -1,5 +1,6 @@
 """Tables: the schema is checked on every read and write, and travels with the file."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ def scores() -> pd.DataFrame:
     """Return a small table, its rows out of order."""
     rows = [
         ("b-000", 1, "psnr", 20.5, "ok"),
-        ("b-000", 0, "psnr", float("nan"), "nan"),
+        ("b-000", 0, "psnr", math.nan, "nan"),
         ("a-000", 0, "ssim", 0.5, "ok"),
     ]
     return pd.DataFrame(rows, columns=tables.SCORES.names)

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,43 @@ def test_windows_cover_everything() -> None:
         assert found[-1] + 16 == length or length <= 16
 
 
-def test_no_seams_between_tiles(upscaler: upscale.Upscaler) -> None:
-    """Steps between neighbouring pixels are no larger where a tile begins or ends than elsewhere."""
-    torch.manual_seed(0)
+def largest_step(image: torch.Tensor) -> float:
+    return max(float(image.diff(dim=2).abs().max()), float(image.diff(dim=3).abs().max()))
+
+
+def test_tiles_that_disagree_leave_no_seam_when_decoded() -> None:
+    """Every tile is off by its own brightness; blended over 16 pixels, no step is larger than a 16th of that."""
+
+    class Disagreeing:
+        latent_factor = 2
+        calls = 0
+
+        def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return torch.full((1, 3, 2 * latents.shape[2], 2 * latents.shape[3]), float(self.calls % 2))
+
+    backend: Any = Disagreeing()
+    latents = torch.zeros(1, 4, 40, 72)
+    assert largest_step(sampling.decode(backend, latents, tile=32, overlap=16)) < 1.5 / 16
+    assert largest_step(sampling.decode(backend, latents, tile=32, overlap=0)) >= 0.5
+
+
+def test_tiles_that_disagree_leave_no_seam_when_predicted() -> None:
+    def window(rows: slice, columns: slice) -> torch.Tensor:
+        value = (rows.start // 8 + columns.start // 8) % 2
+        return torch.full((1, 4, rows.stop - rows.start, columns.stop - columns.start), float(value))
+
+    shape = torch.Size((1, 4, 40, 72))
+    assert largest_step(tiling.blend(window, shape, tile=16, overlap=8)) < 1.5 / 8
+    assert largest_step(tiling.blend(window, shape, tile=16, overlap=0)) >= 0.5
+
+
+def test_tiled_restoration_stays_close_to_one_pass(upscaler: upscale.Upscaler) -> None:
     lr = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 6), size=(32, 48), mode="bicubic").clamp(0, 1)[0]
-    restored = torch.stack([upscaler.restore(lr, seed) for seed in range(3)])
-    steps = restored.diff(dim=3).abs().mean((0, 1, 2))
-    borders = {2 * cell for start in tiling.starts(96, 32, 8) for cell in (start, start + 32)} - {0, 192}
-    at = torch.tensor([float(steps[column - 1]) for column in borders])
-    rest = torch.tensor([float(step) for column, step in enumerate(steps, start=1) if column not in borders])
-    assert len(at) == 6
-    assert at.max() <= rest.quantile(0.99)
-    assert at.mean() <= 1.2 * rest.mean()
+    whole = replace(upscaler, tile=192).restore(lr, 0)
+    tiled = upscaler.restore(lr, 0)
+    assert not torch.equal(whole, tiled)
+    assert (whole - tiled).abs().mean() < 0.05
 
 
 def test_outputs_are_planned(tmp_path: Path) -> None:
@@ -128,7 +154,7 @@ def test_alpha_and_truncated_files(tmp_path: Path) -> None:
 
 def test_files_are_written_and_the_best_is_chosen(tmp_path: Path, upscaler: upscale.Upscaler) -> None:
     class Brightness:
-        def score(self, candidates: torch.Tensor, hr: torch.Tensor) -> dict[str, np.ndarray]:
+        def score(self, candidates: torch.Tensor) -> dict[str, np.ndarray]:
             return {"niqe": candidates.mean((1, 2, 3)).double().numpy()}
 
     path = save(tmp_path / "in.png")
@@ -145,7 +171,7 @@ def test_a_metric_without_a_number_never_wins() -> None:
     class Broken:
         values = iter([float("nan"), 2.0, 1.0])
 
-        def score(self, candidates: torch.Tensor, hr: torch.Tensor) -> dict[str, list[float]]:
+        def score(self, candidates: torch.Tensor) -> dict[str, list[float]]:
             return {"niqe": [next(self.values)]}
 
     assert upscale.pick([torch.zeros(3, 4, 4)] * 3, "niqe", Broken()) == 2

@@ -19,6 +19,7 @@ from pyiqa.archs.niqe_arch import niqe as niqe_distance
 from pyiqa.matlab_utils import blockproc, fspecial, imfilter, imresize, nancov
 from pyiqa.utils.color_util import to_y_channel
 from pyiqa.utils.registry import ARCH_REGISTRY
+from scipy.io.matlab import MatReadError
 
 from dp2osr.errors import UserError
 from dp2osr.resume import write_bytes
@@ -113,7 +114,7 @@ def check(path: Path, *, block_size: int) -> None:
         raise UserError(f"niqe model {path}: not found; it is made by the niqe stage")
     try:
         model = scipy.io.loadmat(path)
-    except (ValueError, NotImplementedError, TypeError, EOFError) as error:
+    except (MatReadError, ValueError, NotImplementedError, TypeError, EOFError) as error:
         raise UserError(f"niqe model {path}: no readable MATLAB 5 file ({error})") from None
     for key, size in (("mu_prisparam", NUM_FEATURES), ("cov_prisparam", NUM_FEATURES**2)):
         if key not in model or np.size(model[key]) != size:

@@ -4,6 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -13,9 +14,12 @@ MAX_TOKENS = 24
 
 
 def vae(settings: ArchitectureSettings) -> AutoencoderKL:
-    """Return a VAE that halves the image once per entry of `vae_channels` after the first."""
+    """Return a VAE that halves the image once per entry of `vae_channels` after the first.
+
+    Its posterior starts narrow (log variance -6), so that the decoder sees all of the latents from the first step.
+    """
     stages = len(settings.vae_channels)
-    return AutoencoderKL(
+    model = AutoencoderKL(
         block_out_channels=tuple(settings.vae_channels),
         down_block_types=("DownEncoderBlock2D",) * stages,
         up_block_types=("UpDecoderBlock2D",) * stages,
@@ -24,6 +28,9 @@ def vae(settings: ArchitectureSettings) -> AutoencoderKL:
         norm_num_groups=8,
         mid_block_add_attention=False,
     )
+    with torch.no_grad():
+        model.quant_conv.bias[settings.latent_channels :] = -6.0
+    return model
 
 
 def unet(settings: ArchitectureSettings) -> UNet2DConditionModel:

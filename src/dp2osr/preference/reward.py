@@ -50,7 +50,7 @@ def codes(column: pa.ChunkedArray | pa.Array, known: dict[str, int]) -> Ints:
     """Return the number of each text in `known`, into which new texts are entered in order of appearance."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if array.null_count:
-        raise UserError(f"scores: {array.null_count} rows without a name, wanted none")
+        raise UserError(f"{array.null_count} rows have no group or metric, wanted none")
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     numbers = np.array([known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()], dtype=np.int64)
     return numbers[encoded.indices.to_numpy()] if len(numbers) else np.zeros(0, dtype=np.int64)

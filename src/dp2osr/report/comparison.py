@@ -41,6 +41,7 @@ def describe(run: RunSettings, reward: RewardSettings) -> dict[str, Any]:
         "groups_per_step": train.groups_per_step,
         "pairs_per_step": train.pairs_per_step,
         "precision": train.precision,
+        "judge": run.judge or run.reward,
         "seed": run.seed,
     }
 
@@ -92,6 +93,15 @@ def varying(table: pd.DataFrame, settings: Sequence[str]) -> list[str]:
     return found
 
 
+def balanced(rows: pd.DataFrame, setting: str, settings: Sequence[str]) -> pd.DataFrame:
+    """Return the runs whose other settings (but for the seed) occur with every value of `setting`."""
+    others = [name for name in settings if name != setting]
+    if not others:
+        return rows
+    found = rows.groupby(others, sort=False)[setting].transform("nunique")
+    return rows[found == rows[setting].nunique()]
+
+
 def seed_spread(table: pd.DataFrame, settings: Sequence[str]) -> float:
     """Return the largest difference of `difference` between runs that are equal but for their seed; NaN if none are."""
     groups = [rows for _, rows in table.groupby(list(settings))] if settings else [table]
@@ -100,9 +110,9 @@ def seed_spread(table: pd.DataFrame, settings: Sequence[str]) -> float:
 
 
 def finding(rows: pd.DataFrame, setting: str, spread: float) -> str:
-    """Say how the gain goes with one setting, and whether that is more than seeds and intervals explain.
+    """Say how the gain goes with one setting, and whether it moves more than two seeds and half an interval do.
 
-    rows: runs that differ in `setting` (and seed) alone, with difference, ci_low, ci_high.
+    rows: runs that are balanced in all other settings, with difference, ci_low, ci_high.
     """
     means = rows.groupby(setting)["difference"].mean()
     listed = ", ".join(
@@ -132,15 +142,13 @@ def _panels(rows: pd.DataFrame, settings: list[str], dataset: str) -> tuple[list
     ]
     if not settings:
         return plots, []
-    baselines = {name: rows[name].mode().iloc[0] for name in settings}
-    plots.append(figures.sweep(rows, settings, baselines=baselines, dataset=dataset))
-    spread, sentences = seed_spread(rows, settings), []
-    for name in settings:
-        kept = rows
-        for other in settings:
-            kept = kept if other == name else kept[kept[other] == baselines[other]]
-        if kept[name].nunique() > 1:
-            sentences.append(finding(kept, name, spread))
+    found = {name: balanced(rows, name, settings) for name in settings}
+    panels = {name: kept for name, kept in found.items() if len(kept)}
+    if not panels:
+        return plots, []
+    plots.append(figures.sweep(panels, dataset=dataset))
+    spread = seed_spread(rows, settings)
+    sentences = [finding(kept, name, spread) for name, kept in panels.items()]
     return plots, sentences
 
 
@@ -179,7 +187,7 @@ def compare_page(
         "title": "Comparison of runs",
         "sections": sections,
         "settings": settings,
-        "m_varies": "M" in settings,
+        "judges_differ": table["judge"].nunique() > 1,
         "confidence": f"{100 * job.evaluate.confidence:g} %",
     }
     return render("compare.html.j2", context), files

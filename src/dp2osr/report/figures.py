@@ -60,7 +60,7 @@ def draw(name: str, title: str, note: str, size: tuple[float, float], paint: Cal
         paint(figure)
         vector, raster = io.StringIO(), io.BytesIO()
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        figure.savefig(raster, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        figure.savefig(raster, format="png", dpi=180, facecolor="white", metadata={"Software": None})
     svg = vector.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -217,35 +217,39 @@ def forest(rows: pd.DataFrame, *, name: str, title: str, note: str, highlight: s
     return draw(name, title, note, (WIDTH, 0.9 + 0.3 * len(rows)), paint)
 
 
-def sweep(table: pd.DataFrame, settings: Sequence[str], *, baselines: Mapping[str, Any], dataset: str) -> Plot:
-    """Gain of each run over its reference against each setting that varies, the others at their baseline.
+CROWD = 6  # with more runs at one value, points stand without their intervals
 
-    table: one row a run with the settings' columns, difference, ci_low, ci_high.
+
+def sweep(panels: Mapping[str, pd.DataFrame], *, dataset: str) -> Plot:
+    """Gain of each run over its reference against each setting; setting -> runs to compare in it.
+
+    The runs' columns: the setting's own, difference, ci_low, ci_high.
     """
 
     def paint(figure: Figure) -> None:
-        panels = np.atleast_1d(figure.subplots(1, len(settings), sharey=True))
-        for axes, setting in zip(panels, settings, strict=True):
-            others = [other for other in settings if other != setting]
-            rows = table[
-                np.logical_and.reduce([table[o] == baselines[o] for o in others] + [np.ones(len(table), bool)])
-            ]
+        drawn = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+        for axes, (setting, rows) in zip(drawn, panels.items(), strict=True):
             values = sorted(rows[setting].unique(), key=lambda value: (isinstance(value, str), value))
             for at, value in enumerate(values):
                 same = rows[rows[setting] == value]
-                x = at + (np.arange(len(same)) - (len(same) - 1) / 2) * 0.14
-                errors = [same["difference"] - same["ci_low"], same["ci_high"] - same["difference"]]
-                axes.errorbar(x, same["difference"], errors, fmt="o", color=POLICY, ms=5, lw=1.4, capsize=2)
-            means = [rows.loc[rows[setting] == value, "difference"].mean() for value in values]
-            if not any(isinstance(value, str) for value in values):
-                axes.plot(range(len(values)), means, color=POLICY, lw=1, alpha=0.5)
+                x = at + np.linspace(-0.3, 0.3, len(same) + 2)[1:-1]
+                if len(same) <= CROWD:
+                    errors = [same["difference"] - same["ci_low"], same["ci_high"] - same["difference"]]
+                    axes.errorbar(x, same["difference"], errors, fmt="o", color=POLICY, ms=5, lw=1.4, capsize=2)
+                else:
+                    axes.plot(x, same["difference"], "o", color=POLICY, ms=3, alpha=0.5)
+                mean = same["difference"].mean()
+                axes.plot([at - 0.35, at + 0.35], [mean, mean], color=POLICY, lw=2, alpha=0.8)
             labels = [value if isinstance(value, str) else f"{value:g}" for value in values]
             axes.set_xticks(range(len(values)), labels)
             axes.set_xlim(-0.6, len(values) - 0.4)
             axes.axhline(0, color=REFERENCE, lw=1.2, ls="--")
             axes.set_xlabel(setting)
-        panels[0].set_ylabel("gain in mean reward")
+        drawn[0].set_ylabel("gain in mean reward")
 
     title = f"Gain on {dataset} against each setting that varies"
-    note = "Each point is a run with its interval; settings not on the axis are at their most common value."
-    return draw(f"sweep-{dataset}", title, note, (max(4.2, 2.6 * len(settings)), 3.0), paint)
+    note = (
+        "A point is a run, with its interval where they are few; a bar is their mean. Each panel holds the runs whose "
+        "other settings occur with every value on its axis, so that the values are compared on equal terms."
+    )
+    return draw(f"sweep-{dataset}", title, note, (WIDTH, 3.2), paint)

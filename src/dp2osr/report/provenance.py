@@ -40,15 +40,16 @@ def software() -> dict[str, str]:
 
 
 def timings(paths: Iterable[Path]) -> pd.DataFrame:
-    """Sum Snakemake's benchmark files (or all below a folder) by job kind: job, jobs, seconds, max_rss (MB).
+    """Sum Snakemake's benchmark files by kind of job: job, jobs, seconds, max_rss (MB).
 
-    Numbers of shards and blocks in a file's name are folded, so that a stage's jobs are one row.
+    A path is a file, a folder (all below it) or a pattern such as `folder/*.tsv`; those that do not exist are passed
+    over. Numbers of shards and blocks in a file's name are folded, so that a stage's jobs are one row.
     """
     rows = []
     for path in paths:
-        files = sorted(path.rglob("*.tsv")) if path.is_dir() else [path] if path.is_file() else []
+        files = sorted(path.rglob("*.tsv")) if path.is_dir() else sorted(path.parent.glob(path.name))
         for file in files:
-            named = file.relative_to(path.parent)
+            named = file.relative_to(path.parent.parent)
             job = re.sub(r"\d{3,}", "*", named.with_suffix("").as_posix())
             table = pd.read_csv(file, sep="\t", na_values="-")
             rows.append({"job": job, "seconds": float(table["s"].sum()), "max_rss": float(table["max_rss"].max())})

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 SMALL = 128  # pixels: images under this are enlarged, and embedded without loss
 _LINE = 18  # pixels of one caption line on the sheet
 _GAP = 6
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # the one that figures have
 _COLOURS = {"source": "#555b63", "reference": "#b5690b", "policy": "#1f6fb2"}
 
 Candidates = Mapping[tuple[str, int], bytes]  # (group_id, rollout) -> encoded image
@@ -159,7 +161,7 @@ def sheet(blocks: Sequence[Block], *, zoom: int, columns: int = 2) -> bytes:
     width, height = 4 * cell[0] + 3 * _GAP, 3 * cell[1] + 3 * _GAP
     columns = max(min(columns, len(blocks)), 1)
     paper = Image.new("RGB", (columns * width + _GAP, -(-len(blocks) // columns) * height + _GAP), "white")
-    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(size=13)
+    pen, font = ImageDraw.Draw(paper), ImageFont.truetype(_FONT, 12)
     for at, found in enumerate(blocks):
         left, top = at % columns * width + 2 * _GAP, at // columns * height + 2 * _GAP
         for y, row in enumerate(found.rows):

@@ -48,7 +48,7 @@ def averaged(candidates: Iterable["Sample"], job: DeriveJob) -> Iterator["Sample
     for _, fields in candidates:
         facts, image = read_candidate(fields)
         group = facts["group_id"]
-        sums[group] = sums[group] + image.double() if group in sums else image.double()
+        sums[group] = sums[group] + image if group in sums else image
         counts[group] = counts.get(group, 0) + 1
     for group, total in sums.items():
         yield candidate(total / counts[group], group, 0, job)

@@ -4,13 +4,14 @@ A group of the output holds the latents of the candidates that some pair chose o
 in their own files, under the same group_id.
 """
 
+import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dp2osr import resume, stage, tables, versions
-from dp2osr.config import Count, PolicySettings, Strict
+from dp2osr.config import PolicySettings
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from dp2osr.training.pack import TarIndex
 
 logger = logging.getLogger(__name__)
-
-
-class EncodeJob(Strict):
-    """The model that encodes; `batch_size` candidates at once."""
-
-    policy: PolicySettings
-    batch_size: Count
-    device: Literal["auto", "cpu", "cuda"]
 
 
 def selected(pairs: "pd.DataFrame") -> dict[str, list[int]]:
@@ -98,28 +91,35 @@ def encode(
         yield group_id, {FIELD: data}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read pairs, candidates and LR images of a shard; write its part of the training pack."""
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse paths and settings."""
     parser = stage.parser(__doc__)
     parser.add_argument("--pairs", type=Path, required=True, help="pairs of the run")
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="blocks of the shard")
     parser.add_argument("--lr", type=Path, required=True, help="LR shard")
     parser.add_argument("--encoded", type=Path, required=True, help="output: tar of encoded groups")
-    stage.config_arg(parser, EncodeJob)
-    args = stage.parse_args(parser, argv)
+    parser.add_argument("--batch-size", type=int, default=32, help="candidates encoded at once")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    stage.config_arg(parser, PolicySettings)
+    return stage.parse_args(parser, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read pairs, candidates and LR images of a shard; write its part of the training pack."""
+    args = parse_args(argv)
     from dp2osr import shards
     from dp2osr.models.backend import load_backend
     from dp2osr.training.pack import TarIndex
 
-    job: EncodeJob = args.config
+    policy: PolicySettings = args.config
     own = TarIndex([args.lr])
     every = selected(tables.read(args.pairs, tables.PAIRS))
     wanted = {group_id: rollouts for group_id, rollouts in every.items() if f"{group_id}.lr.png" in own}
-    backend = load_backend(job.policy, device=stage.device(job.device), parts=frozenset({"vae"}))
-    sizes = [f"{path.name}:{path.stat().st_size}" for path in args.candidates]
-    mark = resume.fingerprint(job.model_dump_json(), str(versions.ENCODE), args.pairs, args.lr, *sizes)
+    backend = load_backend(policy, device=stage.device(args.device), parts=frozenset({"vae"}))
+    settings = f"{policy.model_dump_json()} {args.batch_size} {versions.ENCODE}"
+    mark = resume.fingerprint(settings, args.pairs, args.lr, *args.candidates)
     parts = resume.Parts(args.encoded, mark)
-    options = {"index": TarIndex(args.candidates), "lr": args.lr, "parts": parts, "batch_size": job.batch_size}
+    options = {"index": TarIndex(args.candidates), "lr": args.lr, "parts": parts, "batch_size": args.batch_size}
     samples = encode(backend, wanted, **options)
     shards.write_shard(args.encoded, stage.progress(samples, len(wanted), "groups encoded", logger))
     parts.clear()

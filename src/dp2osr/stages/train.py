@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from dp2osr import resume, stage, tables, versions
-from dp2osr.config import IqaSettings, PolicySettings, RewardSettings, Strict, TrainSettings
+from dp2osr.config import Count, PolicySettings, RewardSettings, Strict, TrainSettings
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,10 +33,9 @@ class TrainJob(Strict):
     policy: PolicySettings
     train: TrainSettings
     reward: RewardSettings
-    iqa: IqaSettings
+    niqe_block: Count
     seed: int
     base_seed: int
-    device: Literal["auto", "cpu", "cuda"]
 
 
 def job_mark(args: argparse.Namespace) -> str:
@@ -45,7 +44,7 @@ def job_mark(args: argparse.Namespace) -> str:
     Large shards count by name and size: what is in them follows from pairs.parquet, whose content counts.
     """
     job: TrainJob = args.config
-    settings = job.model_dump_json(exclude={"run": True, "train": {"tracker", "checkpoint_every"}, "device": True})
+    settings = job.model_dump_json(exclude={"run": True, "train": {"tracker", "checkpoint_every"}})
     sizes = [f"{path.name}:{path.stat().st_size}" for path in (*args.encoded, *args.embeddings, *args.val_lr)]
     contents = [path for path in (args.pairs, *args.val_scales, args.niqe) if path is not None]
     numbers = f"{versions.ENCODE} {versions.TRAIN}"
@@ -56,7 +55,7 @@ def _folder(reference: str) -> list[Path]:
     return [Path(reference)] if Path(reference).exists() else []
 
 
-def make_accelerator(job: TrainJob, folder: Path) -> "Accelerator":
+def make_accelerator(job: TrainJob, folder: Path, *, device: str) -> "Accelerator":
     """Return the accelerator with its tracker's folder beside the policy."""
     from accelerate import Accelerator
 
@@ -68,7 +67,9 @@ def make_accelerator(job: TrainJob, folder: Path) -> "Accelerator":
             f"config: train.precision: found 'no' with policy.sampling.dtype '{job.policy.sampling.dtype}'; "
             "wanted precision fp16 or bf16, or dtype float32"
         )
-    cpu = stage.device(job.device).type == "cpu"
+    cpu = stage.device(device).type == "cpu"
+    if cpu and job.train.precision == "fp16":
+        raise UserError("config: train.precision: found 'fp16' on the CPU, wanted no or bf16")
     options = {"mixed_precision": job.train.precision, "log_with": tracker, "project_dir": str(folder / "tracker")}
     accelerator = Accelerator(cpu=cpu, **options)
     if tracker:
@@ -103,13 +104,13 @@ def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "B
         raise UserError("--val-lr, --val-embeddings and --val-scales are needed where train.guard.every is not 0")
     read = [read_embeddings(path) for path in args.val_embeddings]
     names = [*job.reward.fr, *job.reward.nr]
-    niqe = {"niqe": args.niqe, "niqe_block": job.iqa.niqe.block_size}
+    niqe = {"niqe": args.niqe, "niqe_block": job.niqe_block}
     return Guard(
         accelerator=accelerator,
         backend=backend,
         images=read_images(args.val_lr, {group: value for groups, _ in read for group, value in groups.items()}),
         negative=read[0][1],
-        scorer=Scorer(names, device=backend.device, batch_size=job.iqa.batch_size, **niqe),
+        scorer=Scorer(names, device=backend.device, batch_size=args.scoring_batch, **niqe),
         scales=tables.read_many(args.val_scales, tables.SCALES),
         reward=job.reward,
         sampling=job.policy.sampling,
@@ -132,7 +133,8 @@ def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "S
     reference = backend.load_control(args.reference)
     policy = backend.load_control(args.reference).float()
     if job.train.gradient_checkpointing:
-        getattr(policy, "enable_gradient_checkpointing")()  # diffusers' own method  # noqa: B009
+        enable: Any = policy.enable_gradient_checkpointing
+        enable()
     return Trainer(
         accelerator=accelerator,
         feed=make_feed(args, backend, schedule.group_ids),
@@ -181,6 +183,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=Path, nargs="+", required=required, default=[], help=text)
     parser.add_argument("--niqe", type=Path, help="fitted NIQE parameters, where the reward holds niqe")
+    parser.add_argument("--scoring-batch", type=int, default=32, help="validation images scored at once")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--processes", type=int, default=0, help="0: one a visible GPU, on the CPU one")
     parser.add_argument("--policy", type=Path, required=True, help="output: folder of the tuned control branch")
     parser.add_argument("--train-log", type=Path, required=True, help="output: a row a step")
@@ -196,11 +200,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dp2osr.training.launch import needs_launch, provenance, relaunch
 
     job: TrainJob = args.config
-    if (processes := needs_launch(args.processes, job.device)) > 1:
+    if (processes := needs_launch(args.processes, args.device)) > 1:
         relaunch("dp2osr.stages.train", list(sys.argv[1:] if argv is None else argv), processes=processes)
     mark = job_mark(args)
     record = {"run": job.run, "config": job.model_dump(mode="json"), "fingerprint": mark, **provenance()}
-    accelerator = make_accelerator(job, args.policy.parent)
+    accelerator = make_accelerator(job, args.policy.parent, device=args.device)
     store = Store(args.policy.parent / "checkpoints", mark, record=record)
     trainer = make_trainer(args, accelerator, store)
     trainer.run()

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _place(temporary: Path, folder: Path, old: Path) -> None:
+    """Rename to the final name. Another job that writes the same folder may come between; the last one stands."""
+    for attempt in range(10):
+        with suppress(FileNotFoundError):
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+            break
+        except OSError:
+            shutil.rmtree(old, ignore_errors=True)
+            if attempt == 9:
+                raise
+    _sync(folder.parent)
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; on success it is synced and takes its place, on error removed."""
@@ -69,10 +84,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
             _sync(file)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        _sync(folder.parent)
+        _place(temporary, folder, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -118,17 +130,17 @@ class Store:
                 shutil.rmtree(self.path(step), ignore_errors=True)
         logger.info("step %d: checkpoint %s", progress.step, self.path(progress.step))
 
-    def load(self, device: torch.device) -> Snapshot | None:
-        """Return the newest checkpoint, or None."""
+    def load(self) -> Snapshot | None:
+        """Return the newest checkpoint on the CPU, or None."""
         steps = self.steps()
         if not steps:
             return None
         folder = self.path(steps[-1])
         averaged = folder / "ema.safetensors"
-        state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         return Snapshot(
-            policy=load_file(folder / "policy.safetensors", device=str(device)),
-            ema=load_file(averaged, device=str(device)) if averaged.exists() else None,
+            policy=load_file(folder / "policy.safetensors"),
+            ema=load_file(averaged) if averaged.exists() else None,
             optimizer=state["optimizer"],
             scaler=state["scaler"],
             progress=Progress(**json.loads((folder / "state.json").read_text())["progress"]),

@@ -99,7 +99,7 @@ class Trainer:
                     self._save()
                 if self._finished():
                     return self.progress
-                self._step()
+                self.step()
                 self._pause()
 
     def final_weights(self) -> Weights:
@@ -125,7 +125,7 @@ class Trainer:
         due = step % self.settings.checkpoint_every == 0 or step == self.settings.steps or self._finished()
         return step > 0 and due and step not in self.store.steps()
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One optimizer step: nothing changes where loss or gradient is not finite."""
         started = time.perf_counter()
         step = self.progress.step + 1
@@ -238,11 +238,12 @@ class Trainer:
         self.store.save(snapshot)
 
     def _resume(self) -> None:
-        snapshot = self.store.load(self.accelerator.device)
+        snapshot = self.store.load()
         if snapshot is None:
             return
         self.policy.load_state_dict(snapshot.policy)
-        self.ema = snapshot.ema
+        if snapshot.ema is not None:
+            self.ema = {name: value.to(self.accelerator.device) for name, value in snapshot.ema.items()}
         self.optimizer.load_state_dict(snapshot.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(snapshot.scaler)

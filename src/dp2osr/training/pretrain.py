@@ -152,7 +152,7 @@ class Trainer:
             yield image, top, left
 
     def _vae_loss(self, generator: torch.Generator) -> torch.Tensor:
-        """L1 of pixels and of their differences, and a small KL term."""
+        """L1 of pixels and of their differences, squared error (most for chroma, lost otherwise), a small KL term."""
         phase = self.settings.vae
         crops = self._crops(phase.batch_size, phase.crop, generator)
         batch = torch.stack([self.pool.hr[i, :, y : y + phase.crop, x : x + phase.crop] for i, y, x in crops])
@@ -162,7 +162,9 @@ class Trainer:
         restored = self.vae.decode(posterior.mean + posterior.std * noise).sample
         error = restored - images
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        return error.abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().mean()
+        chroma = error - error.mean(1, keepdim=True)
+        squared = 4 * error.square().mean() + 8 * chroma.square().mean()
+        return error.abs().mean() + 0.5 * edges + squared + 1e-4 * posterior.kl().mean() / error[0].numel()
 
     @torch.no_grad()
     def _fix_latent_scale(self) -> None:

@@ -1,0 +1,85 @@
+def train_embeddings(wildcards):
+    """Text embeddings of the training set, made by the root policy's text encoder."""
+    run = cfg.runs[wildcards.run]
+    return expand(
+        f"{R}/{run.dataset}/{cfg.root_policy(run.reference)}/embeddings/shard-{{shard}}.safetensors",
+        shard=shards(run.dataset),
+    )
+
+
+def guard_inputs(wildcards):
+    """What the guard's validation rollouts need, by option of the stage; nothing where the guard is off."""
+    run = cfg.runs[wildcards.run]
+    if not run.train.guard.every:
+        return {}
+    dataset = run.train.guard.dataset
+    root = cfg.root_policy(run.reference)
+    names = shards(dataset)
+    reward = cfg.rewards[run.reward]
+    fitted = [f"{R}/{cfg.iqa.niqe.dataset}/niqe.mat"]
+    found = {
+        "--val-lr": expand(f"{R}/{dataset}/lr/shard-{{shard}}.tar", shard=names),
+        "--val-embeddings": expand(
+            f"{R}/{dataset}/{root}/embeddings/shard-{{shard}}.safetensors", shard=names
+        ),
+        "--val-scales": [f"{R}/{dataset}/{run.reference}/scales/{run.reward}.parquet"],
+    }
+    return found | ({"--niqe": fitted} if "niqe" in [*reward.fr, *reward.nr] else {})
+
+
+def train_job(wildcards):
+    run = cfg.runs[wildcards.run]
+    return params_json(
+        {
+            "run": wildcards.run,
+            "policy": cfg.policy(run.reference).model_dump(),
+            "train": run.train.model_dump(),
+            "reward": cfg.rewards[run.reward].model_dump(),
+            "niqe_block": cfg.iqa.niqe.block_size,
+            "seed": run.seed,
+            "base_seed": cfg.seed,
+        }
+    )
+
+
+# Checkpoints lie beside the policy, undeclared: Snakemake keeps them when the job fails, and the next try goes on.
+rule train:
+    input:
+        pairs=f"{R}/runs/{{run}}/pairs.parquet",
+        encoded=lambda wildcards: expand(
+            f"{R}/runs/{wildcards.run}/encoded/shard-{{shard}}.tar",
+            shard=shards(cfg.runs[wildcards.run].dataset),
+        ),
+        embeddings=train_embeddings,
+        reference=lambda wildcards: control_input(cfg.runs[wildcards.run].reference),
+        guard=lambda wildcards: [
+            path for paths in guard_inputs(wildcards).values() for path in paths
+        ],
+    output:
+        policy=directory(f"{R}/runs/{{run}}/policy"),
+        train_log=f"{R}/runs/{{run}}/train_log.parquet",
+        validation=f"{R}/runs/{{run}}/validation.parquet",
+    log:
+        f"{R}/logs/runs/{{run}}/train.log",
+    benchmark:
+        f"{R}/benchmarks/runs/{{run}}/train.tsv"
+    threads: 2
+    resources:
+        mem_mb=16000,
+        runtime=lambda wildcards, attempt: 720 * attempt,
+        device=cfg.device,
+        scoring_batch=cfg.iqa.batch_size,
+    params:
+        config=train_job,
+        reference=lambda wildcards: control_arg(cfg.runs[wildcards.run].reference),
+        guard=lambda wildcards: " ".join(
+            " ".join([option, *paths])
+            for option, paths in guard_inputs(wildcards).items()
+        ),
+        version=versions.TRAIN,
+    shell:
+        "python -m dp2osr.stages.train --pairs {input.pairs} --encoded {input.encoded}"
+        " --embeddings {input.embeddings} --reference {params.reference:q} {params.guard}"
+        " --device {resources.device} --scoring-batch {resources.scoring_batch}"
+        " --config {params.config:q} --policy {output.policy} --train-log {output.train_log}"
+        " --validation {output.validation} 2> {log}"

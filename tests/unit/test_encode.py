@@ -1,0 +1,94 @@
+"""Encoding: only selected candidates, each once; resumable; errors that name what is missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dp2osr import shards, tables
+from dp2osr.errors import UserError
+from dp2osr.sampling import images_control
+from dp2osr.stages import encode
+from dp2osr.training.pack import Pack, TarIndex
+from training_rig import GROUPS, SCALE, SIZE, make_backend, make_pairs, policy_settings
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Two groups in this shard of four; 6 candidates each, in two blocks of seeds."""
+    generator = torch.Generator().manual_seed(0)
+    blocks: dict[int, list[shards.Sample]] = {0: [], 1: []}
+    images = []
+    for group in GROUPS[:2]:
+        lr = torch.rand(3, SIZE // SCALE, SIZE // SCALE, generator=generator)
+        images.append((group, {"hr.png": b"", "lr.png": shards.encode_image(lr), "json": b"{}"}))
+        for rollout in range(6):
+            data = shards.encode_image(torch.rand(3, SIZE, SIZE, generator=generator))
+            blocks[rollout // 3].append((f"{group}-r{rollout:04d}", {"png": data, "json": b"{}"}))
+    paths = {"pairs": tmp_path / "pairs.parquet", "lr": tmp_path / "lr.tar"}
+    tables.write(make_pairs(top=1), paths["pairs"], tables.PAIRS)
+    shards.write_shard(paths["lr"], images)
+    for block, samples in blocks.items():
+        paths[f"block{block}"] = tmp_path / f"block-{block}.tar"
+        shards.write_shard(paths[f"block{block}"], samples)
+    return paths
+
+
+def run(files: dict[str, Path], tiny_model: Path, output: Path) -> Pack:
+    job = policy_settings(tiny_model).model_dump()
+    argv = ["--pairs", str(files["pairs"]), "--lr", str(files["lr"]), "--encoded", str(output)]
+    argv += ["--batch-size", "2", "--device", "cpu"]
+    encode.main([*argv, "--config", json.dumps(job), "--candidates", str(files["block0"]), str(files["block1"])])
+    return Pack([output])
+
+
+def test_selected_candidates_once_each(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    pack = run(files, tiny_model, tmp_path / "out.tar")
+    pack.check(GROUPS[:2])
+    latents, control = pack.load(GROUPS[1], [4, 0])
+    assert latents.shape == (2, 4, SIZE // 2, SIZE // 2) and latents.dtype == torch.float32
+    candidates = encode.read_candidates(TarIndex([files["block0"], files["block1"]]), GROUPS[1], [4, 0])
+    torch.testing.assert_close(latents, make_backend(tiny_model).encode_images(candidates), rtol=1e-4, atol=1e-5)
+    lr = dict(shards.read_shard(files["lr"]))[GROUPS[1]]["lr.png"]
+    torch.testing.assert_close(control, images_control(shards.decode_image(lr)[None], SCALE)[0])
+    with pytest.raises(UserError, match="rollout 1 of group"):
+        pack.load(GROUPS[0], [0, 1])
+    with pytest.raises(UserError, match=f"group {GROUPS[2]} is missing"):
+        pack.check(GROUPS[:3])
+
+
+def test_an_interrupted_job_goes_on(
+    files: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(files, tiny_model, tmp_path / "whole.tar")
+    calls: list[str] = []
+    group_encoder = encode.encode_group
+
+    def dies_at_the_second(*args: Any, **options: Any) -> bytes:
+        calls.append("group")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return group_encoder(*args, **options)
+
+    monkeypatch.setattr(encode, "encode_group", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, tiny_model, tmp_path / "cut.tar")
+    assert not (tmp_path / "cut.tar").exists()
+    run(files, tiny_model, tmp_path / "cut.tar")
+    assert len(calls) == 3
+    assert (tmp_path / "cut.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
+    assert not (tmp_path / "cut.tar.parts").exists()
+
+
+def test_a_missing_candidate_is_named(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    shards.write_shard(files["block1"], [])
+    with pytest.raises(UserError, match=f"{GROUPS[0]}-r0004 is missing"):
+        run(files, tiny_model, tmp_path / "out.tar")
+
+
+def test_a_truncated_shard_is_named(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    files["block1"].write_bytes(files["block1"].read_bytes()[:1000])
+    with pytest.raises(UserError, match="block-1"):
+        run(files, tiny_model, tmp_path / "out.tar")

@@ -1,0 +1,188 @@
+"""The Scorer: pyiqa's own values, batch equals single, nothing of the process is changed."""
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dp2osr.errors import UserError
+from dp2osr.images import load_builtin
+from dp2osr.iqa.metric import SCRATCH, Scorer, _once_an_image, _with_weights, statuses
+from dp2osr.metrics import METRICS
+
+CPU = torch.device("cpu")
+OFFLINE = [name for name, metric in METRICS.items() if not metric.needs_weights]
+PHOTOS = ["I03", "I04", "I06", "I08", "I19"]
+# dist against ref of pyiqa's calibration images, as pyiqa publishes them.
+PUBLISHED = {
+    "psnr": [21.11, 20.99, 27.01, 23.30, 21.62],
+    "ssim": [0.6997, 0.9978, 0.9989, 0.9671, 0.6522],
+    "gmsd": [0.2203, 0.0005, 0.0004, 0.1346, 0.2050],
+}
+
+
+def to_tensor(data: bytes | Path) -> torch.Tensor:
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    array = np.array(Image.open(source).convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1).float().div(255)
+
+
+def candidates(hr: torch.Tensor, count: int) -> torch.Tensor:
+    """Return noisy and blurred versions (count, 3, H, W) of one image, on 8-bit levels."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for index in range(count):
+        image = torch.nn.functional.avg_pool2d(hr[None], 3, 1, 1, count_include_pad=False)[0] if index % 2 else hr
+        made.append(image + 0.03 * (index + 1) * torch.randn(hr.shape, generator=generator))
+    return torch.stack(made).clamp(0, 1).mul(255).round().div(255)
+
+
+def scorer(*names: str, niqe: Path | None = None, batch_size: int = 8) -> Scorer:
+    return Scorer(names, device=CPU, niqe=niqe, niqe_block=32, batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[torch.Tensor]:
+    torch.set_num_threads(1)
+    return [to_tensor(load_builtin(f"pyiqa/{name}")) for name in PHOTOS]
+
+
+@pytest.fixture(scope="module")
+def niqe_mat(photos: list[torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dp2osr.iqa import niqe
+
+    path = tmp_path_factory.mktemp("niqe") / "niqe.mat"
+    mean, covariance = niqe.fit([photo[:, :192, :192] for photo in photos], block_size=32, sharpness=0.0)
+    niqe.save(path, mean, covariance, block_size=32)
+    return path
+
+
+def test_published_values(photos: list[torch.Tensor]) -> None:
+    spec = find_spec("pyiqa")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]).parent / "ResultsCalibra" / "dist_dir"
+    distorted = torch.stack([to_tensor(folder / f"{name}.bmp") for name in PHOTOS])
+    found = scorer(*PUBLISHED).score(distorted, torch.stack(photos))
+    for name, values in PUBLISHED.items():
+        np.testing.assert_allclose(found[name], values, atol=0.006 if name == "psnr" else 6e-5)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_batch_equals_pyiqas_single_image(name: str, photos: list[torch.Tensor], niqe_mat: Path) -> None:
+    """Two groups of three candidates in one batch, HR repeated, against create_metric image by image."""
+    import pyiqa
+
+    size = max(96, METRICS[name].min_size)
+    hr = torch.stack([photo[:, 60 : 60 + size, 60 : 60 + size] for photo in photos[:2]])
+    images = torch.cat([candidates(image, 3) for image in hr])
+    references = hr.repeat_interleave(3, dim=0)
+    judge = scorer(name, niqe=niqe_mat)
+    assert METRICS[name].batch_safe
+    found = judge.score(images, references)[name]
+    plain = judge._models[name] if name == "niqe" else pyiqa.create_metric(name, device=CPU)
+    pairs = zip(images.split(1), references.split(1), strict=True)
+    single = [float(plain(a, b) if METRICS[name].kind == "fr" else plain(a)) for a, b in pairs]
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, single, rtol=2e-5, atol=1e-6)
+    assert len(set(single)) > 1
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_smallest_size(name: str, photos: list[torch.Tensor], niqe_mat: Path) -> None:
+    """At min_size each metric works; one pixel less is too_small and NaN, and pyiqa is not called."""
+    size = METRICS[name].min_size
+    hr = photos[0][None, :, :size, :size]
+    image = candidates(hr[0], 1)
+    judge = scorer(name, niqe=niqe_mat)
+    assert not judge.too_small(name, size, size)
+    assert judge.score(image, hr)[name].shape == (1,)
+    if size > 1:
+        assert judge.too_small(name, size + 9, size - 1)
+        values = judge.score(image[..., :-1], hr[..., :-1])[name]
+        assert np.isnan(values).all() and statuses(values, too_small=True) == ["too_small"]
+
+
+def test_one_hr_stands_for_all(photos: list[torch.Tensor]) -> None:
+    hr = photos[2][None, :, :96, :96]
+    images = candidates(hr[0], 4)
+    judge = scorer("fsim", "gmsd", "nlpd")
+    one, all_equal = judge.score(images, hr), judge.score(images, hr.repeat(4, 1, 1, 1))
+    for name in judge.names:
+        np.testing.assert_array_equal(one[name], all_equal[name])
+
+
+def test_constant_image_is_nan_and_spoils_no_other(photos: list[torch.Tensor], niqe_mat: Path) -> None:
+    images = candidates(photos[0][:, :96, :96], 3)
+    judge = scorer("niqe", niqe=niqe_mat)
+    clean = judge.score(images)["niqe"]
+    images[1] = 0.5
+    found = judge.score(images)["niqe"]
+    assert statuses(found, too_small=False) == ["ok", "nan", "ok"]
+    np.testing.assert_allclose(found[[0, 2]], clean[[0, 2]], rtol=1e-9)
+
+
+def test_statuses() -> None:
+    assert statuses(np.array([1.0, np.nan, np.inf, -np.inf]), too_small=False) == ["ok", "nan", "inf", "inf"]
+
+
+def test_process_settings_are_kept(photos: list[torch.Tensor]) -> None:
+    cudnn = torch.backends.cudnn
+    before = (cudnn.benchmark, cudnn.deterministic)
+    cudnn.benchmark, cudnn.deterministic = True, False
+    state = torch.get_rng_state()
+    try:
+        scorer("psnr", "ssim").score(photos[0][None, :, :32, :32], photos[1][None, :, :32, :32])
+        assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+        assert torch.equal(state, torch.get_rng_state())
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def test_micro_batch_limits_scratch_memory() -> None:
+    judge = scorer("ssim", "psnr", batch_size=16)
+    assert judge.micro_batch("psnr", 32, 32) == 16
+    large = judge.micro_batch("ssim", 96, 96)
+    assert 1 <= large < 16 and large * METRICS["ssim"].scratch * 96 * 96 <= SCRATCH["cpu"]
+    assert judge.micro_batch("ssim", 2000, 2000) == 1
+
+
+def test_repeated_images_are_computed_once() -> None:
+    seen = []
+
+    def double(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return images * 2
+
+    values = torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0]).reshape(5, 1, 1, 1)
+    assert torch.equal(_once_an_image(double)(values), values * 2)
+    assert torch.equal(_once_an_image(lambda images: [double(images)])(values)[0], values * 2)
+    assert seen == [3, 3]
+
+
+def test_user_errors(tmp_path: Path, photos: list[torch.Tensor]) -> None:
+    with pytest.raises(UserError, match="metric 'pnsr': unknown"):
+        scorer("pnsr")
+    with pytest.raises(UserError, match=r"niqe.*no model given"):
+        scorer("niqe")
+    with pytest.raises(UserError, match="not found"):
+        scorer("niqe", niqe=tmp_path / "niqe.mat")
+    with pytest.raises(ValueError, match="hr: found shape"):
+        scorer("psnr").score(photos[0][None], photos[0][None, :, :9])
+    with pytest.raises(ValueError, match="hr: found none"):
+        scorer("psnr").score(photos[0][None])
+
+
+def test_missing_weights_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the download raises, the user reads which metric lacks weights and where they are looked for."""
+    import pyiqa
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(pyiqa, "create_metric", refuse)
+    with pytest.raises(UserError, match=r"metric 'musiq': no weights in .*pyiqa.*\(ConnectionError: no route\)"):
+        _with_weights("musiq", CPU)

@@ -1,0 +1,99 @@
+"""Snakemake as a test runs it: the repository's Snakefile in a folder of its own, and what a dry run says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "config" / "config.yaml"
+SMALLEST = ROOT / "tests" / "data" / "smallest.yaml"
+TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
+
+Job = tuple[str, str]  # rule, and its wildcards as "block=000, dataset=train"
+
+
+@dataclass
+class Workflow:
+    """A working directory and the config files that Snakemake merges there, the later over the earlier."""
+
+    directory: Path
+    config_files: list[Path] = field(default_factory=lambda: [CONFIG])
+
+    def snakemake(
+        self, *arguments: str, changes: dict[str, Any] | None = None, python: tuple[str, ...] = (), timeout: int = 900
+    ) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake with `changes` laid over the config; stdout holds its errors and messages too."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        files = list(self.config_files)
+        if changes:
+            files.append(self.directory / "changes.json")
+            files[-1].write_text(json.dumps(changes))
+        command = [sys.executable, *python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile"]
+        command += ["--directory", self.directory, "--configfile", *files, "--nocolor", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.directory / ".cache")}
+        return subprocess.run(
+            [str(part) for part in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def run(self, *targets: str, changes: dict[str, Any] | None = None, cores: int = 2) -> None:
+        """Make the targets; on failure, raise with Snakemake's output and the log of the job that failed."""
+        done = self.snakemake("--cores", str(cores), "--show-failed-logs", *targets, changes=changes)
+        if done.returncode:
+            raise RuntimeError(f"snakemake failed in {self.directory}:\n{done.stdout[-6000:]}")
+
+    def plan(self, *targets: str, changes: dict[str, Any] | None = None) -> list[Job]:
+        """Return the jobs that a dry run lists, without the targets that only have names."""
+        done = self.snakemake("--dry-run", *targets, changes=changes)
+        if done.returncode:
+            raise RuntimeError(f"dry run failed in {self.directory}:\n{done.stdout[-6000:]}")
+        jobs = parse_jobs(done.stdout)
+        if not jobs and "Nothing to be done" not in done.stdout:
+            raise RuntimeError(f"no job and no 'Nothing to be done' in:\n{done.stdout[-6000:]}")
+        return jobs
+
+
+def parse_jobs(text: str) -> list[Job]:
+    """Return rule and wildcards of each job in the output of a dry run."""
+    jobs: list[Job] = []
+    for block in re.split(r"^(?=(?:local)?rule \w+:$)", text, flags=re.MULTILINE)[1:]:
+        rule = block[: block.index(":")].removeprefix("local").removeprefix("rule ")
+        wildcards = re.search(r"^ {4}wildcards: (.*)$", block, re.MULTILINE)
+        if rule not in TARGETS:
+            jobs.append((rule, ", ".join(sorted(wildcards[1].split(", "))) if wildcards else ""))
+    return jobs
+
+
+def rules(jobs: list[Job]) -> set[str]:
+    """Return the names of the rules of some jobs."""
+    return {rule for rule, _ in jobs}
+
+
+def count(jobs: list[Job]) -> Counter[str]:
+    """Return how many jobs each rule has."""
+    return Counter(rule for rule, _ in jobs)
+
+
+def pick(jobs: list[Job], rule: str, **wildcards: str) -> list[dict[str, str]]:
+    """Return the wildcards of each job of `rule` that agrees with `wildcards`."""
+    found = [dict(part.split("=", 1) for part in text.split(", ")) for name, text in jobs if name == rule]
+    return [each for each in found if wildcards.items() <= each.items()]
+
+
+def smallest(directory: Path, model: Path) -> Workflow:
+    """Return the workflow of tests/data/smallest.yaml on the model in `model` (tests/tiny.py)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    overlay = directory / "model.json"
+    overlay.write_text(json.dumps({"policy_defaults": {"model": str(model), "control": str(model / "controlnet")}}))
+    return Workflow(directory, [CONFIG, SMALLEST, overlay])
