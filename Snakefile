@@ -10,7 +10,7 @@ from dp2osr.errors import UserError
 min_version("9.20")
 
 
-configfile: "config/config.yaml"
+configfile: Path(workflow.basedir) / "config/config.yaml"
 
 
 try:
@@ -35,6 +35,7 @@ include: "rules/encode.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
+include: "rules/prune.smk"
 include: "rules/pretrain.smk"
 include: "rules/targets.smk"
 

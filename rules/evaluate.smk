@@ -3,21 +3,21 @@ def evaluated_rewards(wildcards):
     run = cfg.runs[wildcards.run]
     names = dict.fromkeys([wildcards.run, run.reference, *run.controls])
     return {
-        name: f"{R}/{wildcards.dataset}/{name}/rewards/{run.reward}.parquet"
+        name: f"{R}/{wildcards.dataset}/{name}/rewards/{cfg.judge(wildcards.run)}.parquet"
         for name in names
     }
 
 
 def reference_scales(wildcards):
     run = cfg.runs[wildcards.run]
-    return f"{R}/{wildcards.dataset}/{run.reference}/scales/{run.reward}.parquet"
+    return f"{R}/{wildcards.dataset}/{run.reference}/scales/{cfg.judge(wildcards.run)}.parquet"
 
 
 def evaluate_job(wildcards):
     run = cfg.runs[wildcards.run]
     return params_json(
         {
-            "reward": cfg.rewards[run.reward].model_dump(),
+            "reward": cfg.rewards[cfg.judge(wildcards.run)].model_dump(),
             "evaluate": cfg.evaluate.model_dump(),
             "seed": cfg.seed,
             "reference": run.reference,

@@ -30,6 +30,7 @@ localrules:
     policy,
     evaluation,
     figures,
+    prune,
 
 
 rule rollouts:

@@ -15,14 +15,15 @@ def guard_inputs(wildcards):
     dataset = run.train.guard.dataset
     root = cfg.root_policy(run.reference)
     names = shards(dataset)
-    reward = cfg.rewards[run.reward]
+    judge = cfg.judge(wildcards.run)
+    reward = cfg.rewards[judge]
     fitted = [f"{R}/{cfg.iqa.niqe.dataset}/niqe.mat"]
     found = {
         "--val-lr": expand(f"{R}/{dataset}/lr/shard-{{shard}}.tar", shard=names),
         "--val-embeddings": expand(
             f"{R}/{dataset}/{root}/embeddings/shard-{{shard}}.safetensors", shard=names
         ),
-        "--val-scales": [f"{R}/{dataset}/{run.reference}/scales/{run.reward}.parquet"],
+        "--val-scales": [f"{R}/{dataset}/{run.reference}/scales/{judge}.parquet"],
     }
     return found | ({"--niqe": fitted} if "niqe" in [*reward.fr, *reward.nr] else {})
 
@@ -34,7 +35,7 @@ def train_job(wildcards):
             "run": wildcards.run,
             "policy": cfg.policy(run.reference).model_dump(),
             "train": run.train.model_dump(),
-            "reward": cfg.rewards[run.reward].model_dump(),
+            "reward": cfg.rewards[cfg.judge(wildcards.run)].model_dump(),
             "niqe_block": cfg.iqa.niqe.block_size,
             "seed": run.seed,
             "base_seed": cfg.seed,

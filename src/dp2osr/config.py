@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dp2osr import metrics
+from dp2osr import config_checks
 from dp2osr.errors import UserError
 
-RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -425,7 +424,7 @@ def parse(model: type[T], data: Mapping[str, Any]) -> T:
 def load(raw: Mapping[str, Any]) -> Config:
     """Validate the merged configuration dictionary; raises UserError that names the key."""
     config = parse(Config, _fill(raw))
-    check_references(config)
+    config_checks.check_references(config)
     return config
 
 
@@ -439,65 +438,3 @@ def read(*paths: Path | str) -> Config:
             raise UserError(f"config file {path}: not found")
         raw = _merge(raw, yaml.safe_load(Path(path).read_text()) or {})
     return load(raw)
-
-
-def _known(key: str, value: str, names: Mapping[str, Any] | set[str]) -> None:
-    if value not in names:
-        raise UserError(f"config: {key}: found '{value}', wanted one of {', '.join(sorted(names))}")
-
-
-def check_references(config: Config) -> None:
-    """Check what one section says of another: names exist, N fits M, metrics are scored, no circles."""
-    known = metrics.METRICS
-    models = {*config.policies, *config.runs}
-    for name in config.datasets:
-        if name in RESERVED:
-            raise UserError(f"config: datasets.{name}: the results tree uses this name itself; wanted another")
-    if twice := set(config.policies) & set(config.runs):
-        raise UserError(f"config: runs.{sorted(twice)[0]}: a policy has the same name")
-    for group, members in config.iqa.groups.items():
-        for metric in members:
-            _known(f"iqa.groups.{group}", metric, known)
-    scored = {metric for members in config.iqa.groups.values() for metric in members}
-    for name, reward in config.rewards.items():
-        for side in ("fr", "nr"):
-            for metric in getattr(reward, side):
-                _known(f"rewards.{name}.{side}", metric, known)
-                _known(f"rewards.{name}.{side} (metrics in iqa.groups)", metric, scored)
-    _known("iqa.niqe.dataset", config.iqa.niqe.dataset, config.datasets)
-    for name, policy in config.policies.items():
-        if policy.derive:
-            _known(f"policies.{name}.derive_from", policy.derive_from, models)
-    for name, run in config.runs.items():
-        _check_run(config, name, run, models)
-
-
-def _check_run(config: Config, name: str, run: RunSettings, models: set[str]) -> None:
-    _known(f"runs.{name}.reference", run.reference, models)
-    _known(f"runs.{name}.dataset", run.dataset, config.datasets)
-    _known(f"runs.{name}.reward", run.reward, config.rewards)
-    _known(f"runs.{name}.judge", config.judge(name), config.rewards)
-    if run.train.guard.every:
-        _known(f"runs.{name}.train.guard.dataset", run.train.guard.dataset, config.datasets)
-    for test in run.tests:
-        _known(f"runs.{name}.tests", test, config.datasets)
-    for control in run.controls:
-        _known(f"runs.{name}.controls", control, models)
-    num_rollouts = config.rewards[run.reward].num_rollouts
-    if run.pairs.top > num_rollouts / 2:
-        raise UserError(
-            f"config: runs.{name}.pairs.top: found {run.pairs.top}, wanted at most {num_rollouts // 2} "
-            f"(half of rewards.{run.reward}.num_rollouts = {num_rollouts})"
-        )
-    judged = config.rewards[config.judge(name)].num_rollouts
-    if run.train.guard.every and run.train.guard.num_rollouts > judged:
-        found = run.train.guard.num_rollouts
-        raise UserError(f"config: runs.{name}.train.guard.num_rollouts: found {found}, wanted at most M = {judged}")
-    seen = [name]
-    while run.reference in config.runs:
-        seen.append(run.reference)
-        if run.reference in seen[:-1]:
-            raise UserError(f"config: runs.{name}.reference: a circle: {' -> '.join(seen)}")
-        run = config.runs[run.reference]
-    if config.policies[run.reference].derive:
-        raise UserError(f"config: runs.{name}.reference: '{run.reference}' is derived, wanted a policy with a model")

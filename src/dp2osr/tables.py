@@ -104,9 +104,7 @@ TRAIN_LOG = _schema(
     _column("grad_norm", _FLOAT, "before clipping"),
     _column("lr", _FLOAT, "learning rate of the step"),
     _column("num_pairs", _INT, "pairs in the step"),
-    _column(
-        "pairs_per_second", _FLOAT, "wall clock; the one column that differs between equal runs", "1/s"
-    ),
+    _column("pairs_per_second", _FLOAT, "wall clock; the one column that differs between equal runs", "1/s"),
 )
 
 PRETRAIN_LOG = _schema(
@@ -133,9 +131,7 @@ EVALUATION = _schema(
     "evaluation",
     ["policy", "statistic", "m"],
     _column("policy", _TEXT, "policy, or control"),
-    _column(
-        "statistic", _TEXT, "mean_at_m, best_at_m, worst_at_m, std, fr, nr, win_rate or a metric's name"
-    ),
+    _column("statistic", _TEXT, "mean_at_m, best_at_m, worst_at_m, std, fr, nr, win_rate or a metric's name"),
     _column("m", _INT, "number of candidates an image"),
     _column("value", _FLOAT, "mean over photographs' images; rewards on the reference's per-image scale"),
     _column("value_low", _FLOAT, "lower end of the value's interval"),

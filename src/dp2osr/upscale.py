@@ -25,7 +25,6 @@ from dp2osr.models.backend import Backend, Embeddings, load_backend
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 100_000_000  # of an input file; larger ones are refused before decoding
-MULTIPLE, TILE = 64, 512  # output pixels, for backends that do not say their own
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Upscaler:
 
     def restore(self, lr: torch.Tensor, seed: int) -> torch.Tensor:
         """Return one restoration (3, h·scale, w·scale) of (3, h, w) RGB in [0, 1]."""
-        multiple = getattr(self.backend, "size_multiple", MULTIPLE)
-        tile = self.tile or getattr(self.backend, "native_size", TILE)
+        multiple = self.backend.size_multiple
+        tile = self.tile or self.backend.native_size
         tile = math.ceil(tile / multiple) * multiple
         height, width = lr.shape[1:]
         padded = pad(lr[None], multiple // math.gcd(multiple, self.scale))

@@ -29,6 +29,10 @@ class Backend(Protocol):
     device: torch.device
     latent_factor: int
     """Pixels per latent cell along each side."""
+    size_multiple: int
+    """Images are padded to a multiple of this many pixels."""
+    native_size: int
+    """Side in pixels of the images that the model was trained on: the tile of larger images."""
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Return scaled latents (B, C, h, w): the mode of the VAE's posterior."""

@@ -37,6 +37,7 @@ def unet(settings: ArchitectureSettings) -> UNet2DConditionModel:
     """Return a UNet whose attention, to itself and to the text, is in the middle block."""
     stages = len(settings.unet_channels)
     return UNet2DConditionModel(
+        sample_size=24,
         in_channels=settings.latent_channels,
         out_channels=settings.latent_channels,
         block_out_channels=tuple(settings.unet_channels),

@@ -51,9 +51,12 @@ class DiffusionBackend:
             self.text_encoder = self._freeze(_load(CLIPTextModel, folder, "text_encoder"), self.dtype)
         stages = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
         self.latent_factor = 2 ** (stages - 1)
+        unet = UNet2DConditionModel.load_config(folder / "unet")
+        self.size_multiple = self.latent_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        self.native_size = self.latent_factor * (unet["sample_size"] or 64)
 
     def _freeze(self, module: nn.Module, dtype: torch.dtype) -> Any:
-        return module.to(self.device, dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
+        return module.to(self.device, dtype).to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,7 @@ class DiffusionBackend:
             if missing or unexpected:
                 name = (missing or unexpected)[0]
                 raise UserError(f"control weights {path}: '{name}' does not fit the control branch of this UNet")
-        return branch.to(self.device, self.dtype, memory_format=torch.channels_last).eval()
+        return branch.to(self.device, self.dtype).to(memory_format=torch.channels_last).eval()
 
     def save_control(self, branch: nn.Module, folder: Path) -> None:
         """Write a control branch in diffusers' layout, loadable by StableDiffusionControlNetPipeline."""

@@ -30,9 +30,9 @@ def read_sources(table: pd.DataFrame, *, max_pixels: int) -> list[tuple[np.ndarr
     used = table[table.status == "ok"].drop_duplicates("source").sort_values("source")
     found = []
     with images.Sources() as sources:
-        for row in used.itertuples():
-            array = images.decode(sources.read(row.source, row.sha256), max_pixels=max_pixels)
-            found.append((array, not row.source.startswith("builtin:dead-leaves/")))
+        for source, sha256 in zip(used.source.astype(str), used.sha256.astype(str), strict=True):
+            array = images.decode(sources.read(source, sha256), max_pixels=max_pixels)
+            found.append((array, not source.startswith("builtin:dead-leaves/")))
     return found
 
 
@@ -50,18 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dp2osr.training import pool, pretrain
 
-    table = tables.read(args.images, tables.IMAGES)
-    sources = read_sources(table, max_pixels=job.dataset.max_pixels)
+    sources = read_sources(tables.read(args.images, tables.IMAGES), max_pixels=job.dataset.max_pixels)
     log.info("%d sources", len(sources))
-    pairs = pool.build(
-        sources,
-        job.dataset.degradation,
-        size=job.dataset.hr_size,
-        count=job.pretrain.pool_size,
-        procedural_share=job.pretrain.procedural_share,
+    trainer = pretrain.Trainer(
+        job.pretrain,
+        pool.draw(sources, job.dataset, job.pretrain, seed=job.seed),
+        args.checkpoints,
         seed=job.seed,
+        device=stage.device(args.device),
     )
-    trainer = pretrain.Trainer(job.pretrain, pairs, args.checkpoints, seed=job.seed, device=stage.device(args.device))
     trainer.run()
     trainer.save(args.model)
     tables.write(pd.DataFrame(trainer.rows), args.log_table, tables.PRETRAIN_LOG)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dp2osr import seeds
-from dp2osr.config import DegradationSettings
+from dp2osr.config import DatasetSettings, DegradationSettings, PretrainSettings
 from dp2osr.degradation import pipeline
 from dp2osr.stage import progress
 
@@ -61,6 +61,20 @@ def build(
     return Pool(torch.cat(hr), torch.cat(lr), torch.tensor(kinds))
 
 
+def draw(
+    sources: Sequence[tuple[np.ndarray, bool]], dataset: DatasetSettings, settings: PretrainSettings, *, seed: int
+) -> Pool:
+    """Build the pool that the settings ask for."""
+    return build(
+        sources,
+        dataset.degradation,
+        size=dataset.hr_size,
+        count=settings.pool_size,
+        procedural_share=settings.procedural_share,
+        seed=seed,
+    )
+
+
 def _crop(array: np.ndarray, size: int, zoom: float, rng: np.random.Generator) -> np.ndarray:
     height, width = array.shape[:2]
     side = min(max(round(size * zoom), 8), height, width)
@@ -71,7 +85,7 @@ def _crop(array: np.ndarray, size: int, zoom: float, rng: np.random.Generator) -
 
 def _augment(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Turn and flip; half of the time change gamma, gains and the order of channels."""
-    array = np.rot90(array, rng.integers(4))
+    array = np.rot90(array, int(rng.integers(4)))
     if rng.random() < 0.5:
         array = array[:, ::-1]
     if rng.random() < 0.5:

@@ -1,0 +1,73 @@
+"""What one section of the configuration says of another: names exist, N fits M, metrics are scored, no circles."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dp2osr import metrics
+from dp2osr.errors import UserError
+
+if TYPE_CHECKING:
+    from dp2osr.config import Config, RunSettings
+
+RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
+
+
+def known(key: str, value: str, names: Mapping[str, Any] | set[str]) -> None:
+    if value not in names:
+        raise UserError(f"config: {key}: found '{value}', wanted one of {', '.join(sorted(names))}")
+
+
+def check_references(config: "Config") -> None:
+    """Check what one section says of another: names exist, N fits M, metrics are scored, no circles."""
+    models = {*config.policies, *config.runs}
+    for name in config.datasets:
+        if name in RESERVED:
+            raise UserError(f"config: datasets.{name}: the results tree uses this name itself; wanted another")
+    if twice := set(config.policies) & set(config.runs):
+        raise UserError(f"config: runs.{sorted(twice)[0]}: a policy has the same name")
+    for group, members in config.iqa.groups.items():
+        for metric in members:
+            known(f"iqa.groups.{group}", metric, metrics.METRICS)
+    scored = {metric for members in config.iqa.groups.values() for metric in members}
+    for name, reward in config.rewards.items():
+        for side in ("fr", "nr"):
+            for metric in getattr(reward, side):
+                known(f"rewards.{name}.{side}", metric, metrics.METRICS)
+                known(f"rewards.{name}.{side} (metrics in iqa.groups)", metric, scored)
+    known("iqa.niqe.dataset", config.iqa.niqe.dataset, config.datasets)
+    for name, policy in config.policies.items():
+        if policy.derive:
+            known(f"policies.{name}.derive_from", policy.derive_from, models)
+    for name, run in config.runs.items():
+        _check_run(config, name, run, models)
+
+
+def _check_run(config: "Config", name: str, run: "RunSettings", models: set[str]) -> None:
+    known(f"runs.{name}.reference", run.reference, models)
+    known(f"runs.{name}.dataset", run.dataset, config.datasets)
+    known(f"runs.{name}.reward", run.reward, config.rewards)
+    known(f"runs.{name}.judge", config.judge(name), config.rewards)
+    if run.train.guard.every:
+        known(f"runs.{name}.train.guard.dataset", run.train.guard.dataset, config.datasets)
+    for test in run.tests:
+        known(f"runs.{name}.tests", test, config.datasets)
+    for control in run.controls:
+        known(f"runs.{name}.controls", control, models)
+    num_rollouts = config.rewards[run.reward].num_rollouts
+    if run.pairs.top > num_rollouts / 2:
+        raise UserError(
+            f"config: runs.{name}.pairs.top: found {run.pairs.top}, wanted at most {num_rollouts // 2} "
+            f"(half of rewards.{run.reward}.num_rollouts = {num_rollouts})"
+        )
+    judged = config.rewards[config.judge(name)].num_rollouts
+    if run.train.guard.every and run.train.guard.num_rollouts > judged:
+        found = run.train.guard.num_rollouts
+        raise UserError(f"config: runs.{name}.train.guard.num_rollouts: found {found}, wanted at most M = {judged}")
+    seen = [name]
+    while run.reference in config.runs:
+        seen.append(run.reference)
+        if run.reference in seen[:-1]:
+            raise UserError(f"config: runs.{name}.reference: a circle: {' -> '.join(seen)}")
+        run = config.runs[run.reference]
+    if config.policies[run.reference].derive:
+        raise UserError(f"config: runs.{name}.reference: '{run.reference}' is derived, wanted a policy with a model")
