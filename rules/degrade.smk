@@ -11,14 +11,15 @@ rule degrade:
     resources:
         mem_mb=4000,
         runtime=120,  # minutes
+        device=cfg.device,
     params:
         config=lambda wildcards: params_json(
             cfg.datasets[wildcards.dataset].model_dump(
                 include={"downscale", "max_pixels", "degradation"}
             )
-            | {"seed": cfg.seed, "device": cfg.device}
+            | {"seed": cfg.seed}
         ),
         version=versions.DEGRADE,
     shell:
-        "python -m dp2osr.stages.degrade --images {input.images} --shard {wildcards.shard}"
+        "python -m dp2osr.stages.degrade --images {input.images} --shard {wildcards.shard} --device {resources.device}"
         " --config {params.config:q} --lr {output.lr} 2> {log}"

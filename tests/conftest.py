@@ -4,10 +4,13 @@ import copy
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from workflow_rig import Workflow
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,6 +47,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(1)
     return tiny.build(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def smallest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Workflow":
+    """Return the workflow of tests/data/smallest.yaml, run once from images to report for all tests."""
+    import workflow_rig
+
+    workflow = workflow_rig.smallest(tmp_path_factory.mktemp("smallest"), tiny_model)
+    workflow.run()
+    return workflow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "config.yaml"
 SMALLEST = ROOT / "tests" / "data" / "smallest.yaml"
+CORES = len(os.sched_getaffinity(0))
 TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
 
 Job = tuple[str, str]  # rule, and its wildcards as "block=000, dataset=train"
@@ -37,6 +38,7 @@ class Workflow:
         command = [sys.executable, *python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile"]
         command += ["--directory", self.directory, "--configfile", *files, "--nocolor", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.directory / ".cache")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each job compiles two thousand modules
         return subprocess.run(
             [str(part) for part in command],
             env=environment,
@@ -47,7 +49,7 @@ class Workflow:
             check=False,
         )
 
-    def run(self, *targets: str, changes: dict[str, Any] | None = None, cores: int = 2) -> None:
+    def run(self, *targets: str, changes: dict[str, Any] | None = None, cores: int = CORES) -> None:
         """Make the targets; on failure, raise with Snakemake's output and the log of the job that failed."""
         done = self.snakemake("--cores", str(cores), "--show-failed-logs", *targets, changes=changes)
         if done.returncode:

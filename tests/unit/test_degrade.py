@@ -20,7 +20,7 @@ SIZE = 32
 def job(config_dict: dict[str, Any]) -> degrade.DegradeJob:
     degradation = config_dict["dataset_defaults"]["degradation"]
     degradation["first"]["blur"]["size"], degradation["final"]["sinc_size"] = [3, 7], [3, 3]
-    settings = {"downscale": 2, "max_pixels": 10**6, "degradation": degradation, "seed": 7, "device": "cpu"}
+    settings = {"downscale": 2, "max_pixels": 10**6, "degradation": degradation, "seed": 7}
     return parse(degrade.DegradeJob, settings)
 
 
@@ -45,7 +45,7 @@ def table_of(folder: Path, num_shards: int) -> pd.DataFrame:
 def run(folder: Path, table: pd.DataFrame, job: degrade.DegradeJob, shard: int) -> dict[str, dict[str, bytes]]:
     tables.write(table, folder / "images.parquet", tables.IMAGES)
     out = folder / f"shard-{shard}.tar"
-    options = ["--images", str(folder / "images.parquet"), "--shard", str(shard), "--lr", str(out)]
+    options = ["--images", str(folder / "images.parquet"), "--shard", str(shard), "--device", "cpu", "--lr", str(out)]
     degrade.main([*options, "--config", job.model_dump_json()])
     return dict(shards.read_shard(out))
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,13 +24,12 @@ BATCH_SIZE = 16  # images degraded at once; any value gives the same pixels
 
 
 class DegradeJob(Strict):
-    """The keys of a dataset that decide its pixels, the base seed and the device."""
+    """The keys of a dataset that decide its pixels, and the base seed."""
 
     downscale: Count
     max_pixels: Count
     degradation: DegradationSettings
     seed: int
-    device: Literal["auto", "cpu", "cuda"]
 
 
 def read_crops(rows: pd.DataFrame, *, downscale: int, max_pixels: int) -> Iterator[np.ndarray]:
@@ -88,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = stage.parser(__doc__)
     parser.add_argument("--images", type=Path, required=True, help="images.parquet of the dataset")
     parser.add_argument("--shard", type=int, required=True, help="number of the shard")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--lr", type=Path, required=True, help="tar to write")
     stage.config_arg(parser, DegradeJob)
     args = stage.parse_args(parser, argv)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     table = tables.read(args.images, tables.IMAGES)
     rows = table[(table["status"] == "ok") & (table["shard"] == args.shard)]
-    samples = degrade_rows(rows, args.config, stage.device(args.config.device))
+    samples = degrade_rows(rows, args.config, stage.device(args.device))
     write_shard(args.lr, stage.progress(samples, len(rows), "degraded", LOG))
 
 

@@ -1,0 +1,83 @@
+"""What Snakemake says before it runs anything: every config file, full scale, and wrong settings."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dp2osr import config
+from workflow_rig import CONFIG, ROOT, Workflow, count, pick
+
+OVERLAYS = sorted(path.name for path in (ROOT / "config").glob("*.yaml") if path != CONFIG)
+HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pyiqa", "matplotlib"}
+
+
+def test_defaults_import_nothing_heavy(tmp_path: Path) -> None:
+    """The job list of config.yaml, from a Snakemake that imports neither torch nor what needs it."""
+    done = Workflow(tmp_path).snakemake("--dry-run", python=("-X", "importtime"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stdout.splitlines() if "| " in line}
+    assert {"snakemake", "dp2osr"} <= imported
+    assert not imported & HEAVY
+    assert "rule report:" in done.stdout and "rule pretrain:" not in done.stdout
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_config_file(name: str, tmp_path: Path) -> None:
+    files = [CONFIG, CONFIG.parent / name]
+    runs = config.read(*files).runs
+    jobs = Workflow(tmp_path, files).plan()
+    assert len(pick(jobs, "train")) == len(pick(jobs, "report")) == len(runs)
+    base = [job for job in pick(jobs, "rollout", dataset="train") if job["policy"] == "base"]
+    assert len({tuple(job.values()) for job in base}) == len(base) <= 2  # all runs share them
+
+
+def test_pretrain_is_asked_for_by_name(tmp_path: Path) -> None:
+    jobs = Workflow(tmp_path, [CONFIG, CONFIG.parent / "pretrain.yaml"]).plan("pretrain")
+    assert count(jobs) == {"ingest": 1, "pretrain": 1}
+
+
+def test_full_scale_in_seconds(tmp_path: Path) -> None:
+    """30,000 images, M = 64, 300 shards of 100 images, blocks of 16 seeds."""
+    overlay = {
+        "datasets": {"train": {"images": ["data/photographs"], "crops_per_image": 1, "num_shards": 300}},
+        "rewards": {"default": {"num_rollouts": 64}},
+        "rollout": {"rollouts_per_block": 16},
+    }
+    start = time.monotonic()
+    done = Workflow(tmp_path).snakemake("--dry-run", "--quiet", "rules", changes=overlay)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert time.monotonic() - start < 60  # 12 s on an idle core
+    stats = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    policies = 2  # on the validation and test sets of 4 blocks each: the reference on both, the run on the latter
+    assert int(stats["rollout"]) == 300 * 4 + 4 * (policies + 1)
+    assert int(stats["degrade"]) == int(stats["embed"]) == 302 and int(stats["encode"]) == 300
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt key": ({"run_defaults": {"train": {"betta": 1.0}}}, "runs.default.train.betta: unknown key"),
+    "N > M/2": ({"run_defaults": {"pairs": {"top": 9}}}, "runs.default.pairs.top: found 9, wanted at most 8"),
+    "misspelt metric": ({"rewards": {"default": {"fr": ["lpisp"]}}}, "rewards.default.fr: found 'lpisp', wanted one of"),
+    "misspelt reference": ({"run_defaults": {"reference": "bsae"}}, "runs.default.reference: found 'bsae', wanted one"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_setting_is_one_line(name: str, tmp_path: Path) -> None:
+    changes, message = WRONG[name]
+    done = Workflow(tmp_path).snakemake("--dry-run", changes=changes)
+    assert done.returncode != 0 and "Traceback" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "config:" in line]
+    assert len(lines) == 1 and message in lines[0], done.stdout[-2000:]
+
+
+def test_overlay_of_tests_names_known_keys_only() -> None:
+    """tests/data/smallest.yaml merges into a valid configuration, and changes what it says."""
+    path = ROOT / "tests" / "data" / "smallest.yaml"
+    merged = config.read(CONFIG, path)
+    assert merged.rewards["default"].num_rollouts == yaml.safe_load(path.read_text())["rewards"]["default"]["num_rollouts"]
+    assert json.loads(merged.model_dump_json())["iqa"]["groups"] == {"light": ["gmsd", "niqe", "psnr"]}
