@@ -47,4 +47,4 @@ pins: env ## resolve the pinned versions again (UPGRADE=1: newest)
 	@envs/compile.sh
 
 clean: ## remove results, logs and caches; .venv stays
-	rm -rf results logs benchmarks/jobs build/lib .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results logs build/lib .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -10,11 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from dp2osr import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "config.yaml"
 SMALLEST = ROOT / "tests" / "data" / "smallest.yaml"
 CORES = len(os.sched_getaffinity(0))
 TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
+
+# What a run may write differently each time: wall clock, and what names the machine or the moment.
+VOLATILE = re.compile(r"^(logs|benchmarks)/|/(report|checkpoints)/|/policy\.json$|/train_log\.parquet$")
 
 Job = tuple[str, str]  # rule, and its wildcards as "block=000, dataset=train"
 
@@ -30,6 +38,21 @@ class Workflow:
         self, *arguments: str, changes: dict[str, Any] | None = None, python: tuple[str, ...] = (), timeout: int = 900
     ) -> subprocess.CompletedProcess[str]:
         """Run Snakemake with `changes` laid over the config; stdout holds its errors and messages too."""
+        command, environment = self.command(*arguments, changes=changes, python=python)
+        return subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def command(
+        self, *arguments: str, changes: dict[str, Any] | None = None, python: tuple[str, ...] = ()
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return the command line of Snakemake and its environment."""
         self.directory.mkdir(parents=True, exist_ok=True)
         files = list(self.config_files)
         if changes:
@@ -39,15 +62,21 @@ class Workflow:
         command += ["--directory", self.directory, "--configfile", *files, "--nocolor", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.directory / ".cache")}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each job compiles two thousand modules
-        return subprocess.run(
-            [str(part) for part in command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return [str(part) for part in command], environment
+
+    def start_and_kill(self, *arguments: str, after_s: float) -> bool:
+        """Start Snakemake, and send SIGKILL to it and its jobs `after_s` seconds later; False where it had ended."""
+        command, environment = self.command("--cores", str(CORES), "--rerun-incomplete", *arguments)
+        self.snakemake("--unlock")
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
+        try:
+            process.wait(timeout=after_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
+            return True
+        return False
 
     def run(self, *targets: str, changes: dict[str, Any] | None = None, cores: int = CORES) -> None:
         """Make the targets; on failure, raise with Snakemake's output and the log of the job that failed."""
@@ -99,3 +128,20 @@ def smallest(directory: Path, model: Path) -> Workflow:
     overlay = directory / "model.json"
     overlay.write_text(json.dumps({"policy_defaults": {"model": str(model), "control": str(model / "controlnet")}}))
     return Workflow(directory, [CONFIG, SMALLEST, overlay])
+
+
+def stable_files(results: Path) -> dict[str, Path]:
+    """Return the files that two equal runs write byte for byte, by their path below the results."""
+    files = {path.relative_to(results).as_posix(): path for path in results.rglob("*") if path.is_file()}
+    return {name: path for name, path in files.items() if not VOLATILE.search(name)}
+
+
+def assert_same_results(found: Path, wanted: Path) -> None:
+    """Check that two results folders hold the same files, byte for byte; the training log but for its rate."""
+    ours, theirs = stable_files(found), stable_files(wanted)
+    assert set(ours) == set(theirs) and any(name.endswith(".safetensors") for name in theirs)
+    assert [name for name, path in theirs.items() if ours[name].read_bytes() != path.read_bytes()] == []
+    logs = [
+        tables.read(folder / "runs" / "default" / "train_log.parquet", tables.TRAIN_LOG) for folder in (found, wanted)
+    ]
+    pd.testing.assert_frame_equal(*(log.drop(columns="pairs_per_second") for log in logs), check_exact=True)

@@ -11,7 +11,7 @@ import pytest
 
 from dp2osr import config, tables
 from dp2osr.shards import read_shard
-from workflow_rig import CONFIG, SMALLEST, Workflow
+from workflow_rig import CONFIG, SMALLEST, Workflow, assert_same_results
 from workflow_rig import smallest as smallest_workflow
 
 SCHEMAS = {
@@ -24,20 +24,12 @@ SCHEMAS = {
     "runs/*/validation.parquet": tables.VALIDATION,
     "runs/*/evaluation/*.parquet": tables.EVALUATION,
 }
-# What a run may write differently each time: wall clock, and what names the machine or the moment.
-VOLATILE = re.compile(r"^(logs|benchmarks)/|/(report|checkpoints)/|/policy\.json$|/train_log\.parquet$")
 M, N, GROUPS = 4, 1, 4
 
 
 @pytest.fixture(scope="module")
 def results(smallest: Workflow) -> Path:
     return smallest.directory / "results"
-
-
-def stable_files(results: Path) -> dict[str, Path]:
-    """Return the files that two equal runs write byte for byte, by their path below the results."""
-    files = {path.relative_to(results).as_posix(): path for path in results.rglob("*") if path.is_file()}
-    return {name: path for name, path in files.items() if not VOLATILE.search(name)}
 
 
 def candidates(results: Path) -> dict[str, dict[str, bytes]]:
@@ -116,16 +108,7 @@ def test_report_names_the_intervals(results: Path) -> None:
 def test_twice_gives_the_same_bytes(results: Path, tiny_model: Path, tmp_path: Path) -> None:
     again = smallest_workflow(tmp_path, tiny_model)
     again.run()
-    found, wanted = stable_files(again.directory / "results"), stable_files(results)
-    assert set(found) == set(wanted) and any(name.endswith(".safetensors") for name in wanted)
-    assert [name for name, path in wanted.items() if found[name].read_bytes() != path.read_bytes()] == []
-    logs = [
-        tables.read(folder / "runs" / "default" / "train_log.parquet", tables.TRAIN_LOG).drop(
-            columns="pairs_per_second"
-        )
-        for folder in (again.directory / "results", results)
-    ]
-    pd.testing.assert_frame_equal(*logs, check_exact=True)
+    assert_same_results(again.directory / "results", results)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from dp2osr import colour, config, images, sampling, seeds, stage
 from dp2osr.errors import UserError
 from dp2osr.models.backend import load_backend, resolve, stack
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ("skimage/astronaut", "skimage/chelsea", "skimage/coffee", "skimage/rocket")
 
 

@@ -3,7 +3,7 @@
 The two stages run as they do in the workflow, each in its own process, reading and writing included. The pandas way
 (pivot, groupby-transform, a loop over groups) runs on a subset and its time is scaled to the full size.
 
-    python benchmarks/reward_pairs.py --groups 30000 --rollouts 64 --metrics 9
+    python tests/benchmarks/reward_pairs.py --groups 30000 --rollouts 64 --metrics 9
 """
 
 import argparse

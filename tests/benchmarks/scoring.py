@@ -1,7 +1,7 @@
 """Time the batched Scorer against pyiqa called image by image: same scores, CPU seconds of each metric, the ratio.
 
 Candidates are M noisy and blurred versions of photograph crops. One thread; CPU time, so that other work on the
-machine does not count. Run: python benchmarks/scoring.py
+machine does not count. Run: python tests/benchmarks/scoring.py
 """
 
 import argparse

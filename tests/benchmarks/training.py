@@ -5,8 +5,8 @@ Prints pairs a second of both and their ratio. With `--reward CONFIG` (after the
 encoded shards) it also trains both ways for the same steps and prints the validation reward beside the mean |z|:
 the count of pairs promises more than the reward gains, so quote the reward.
 
-    python benchmarks/training.py
-    python benchmarks/training.py --reward config/config.yaml --run default --steps 120
+    python tests/benchmarks/training.py
+    python tests/benchmarks/training.py --reward config/config.yaml --run default --steps 120
 """
 
 import argparse
@@ -31,7 +31,7 @@ from dp2osr.training.loop import Trainer
 from dp2osr.training.pack import FIELD, Pack, dump_group
 from dp2osr.training.step import Feed
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def find_policy(base: config.PolicySettings, folder: Path) -> config.PolicySettings:
