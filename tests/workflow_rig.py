@@ -141,7 +141,8 @@ def assert_same_results(found: Path, wanted: Path) -> None:
     ours, theirs = stable_files(found), stable_files(wanted)
     assert set(ours) == set(theirs) and any(name.endswith(".safetensors") for name in theirs)
     assert [name for name, path in theirs.items() if ours[name].read_bytes() != path.read_bytes()] == []
-    logs = [
-        tables.read(folder / "runs" / "default" / "train_log.parquet", tables.TRAIN_LOG) for folder in (found, wanted)
-    ]
-    pd.testing.assert_frame_equal(*(log.drop(columns="pairs_per_second") for log in logs), check_exact=True)
+    left, right = (
+        tables.read(folder / "runs/default/train_log.parquet", tables.TRAIN_LOG).drop(columns="pairs_per_second")
+        for folder in (found, wanted)
+    )
+    pd.testing.assert_frame_equal(left, right, check_exact=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,21 @@ def test_truncated_png_is_a_row_with_a_reason(photographs: Path, tmp_path: Path)
     assert (frame["status"] == "ok").sum() == 2
 
 
-@pytest.mark.parametrize("share", [0.5, 0.99])
-def test_truncated_shard(fails: Callable[..., str], results: Path, tmp_path: Path, share: float) -> None:
+def test_as_a_command_it_ends_in_one_line(tmp_path: Path) -> None:
+    job = {"pairs": SETTINGS.runs["default"].pairs.model_dump(), "seed": 0}
+    missing, output = tmp_path / "none.parquet", tmp_path / "pairs.parquet"
+    command = [sys.executable, "-m", "dp2osr.stages.pairs", "--rewards", str(missing), "--pairs", str(output)]
+    done = subprocess.run([*command, "--config", json.dumps(job)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == f"error: table {missing}: not found\n"
+
+
+@pytest.mark.parametrize("where", ["in a member", "before the end mark"])
+def test_truncated_shard(fails: Callable[..., str], results: Path, tmp_path: Path, where: str) -> None:
     whole = results / "train/base/candidates/shard-0000.block-000.tar"
-    cut = truncated(whole, tmp_path, share)
+    cut = truncated(whole, tmp_path, 0.5)
+    if where == "before the end mark":
+        data = whole.read_bytes().rstrip(b"\0")
+        cut.write_bytes(data + bytes(-len(data) % 512))
     paths = {"candidates": cut, "lr": results / "train/lr/shard-0000.tar", "scores": tmp_path / "scores.parquet"}
     line = fails(score.main, {"metrics": ["gmsd"], "niqe_block": 32}, device="cpu", **paths)
     assert str(cut) in line and "delete it and run again" in line
