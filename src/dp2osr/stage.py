@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dp2osr import config
+from dp2osr import strict
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def config_arg(found: argparse.ArgumentParser, model: type[config.Strict]) -> None:
+def config_arg(found: argparse.ArgumentParser, model: type[strict.Strict]) -> None:
     """Add `--config JSON`, validated as `model`."""
 
-    def parse(text: str) -> config.Strict:
+    def parse(text: str) -> strict.Strict:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
         try:
-            return config.parse(model, data)
+            return strict.parse(model, data)
         except UserError as error:  # argparse hides the text of a ValueError
             raise argparse.ArgumentTypeError(str(error)) from None
 

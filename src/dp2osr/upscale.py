@@ -21,6 +21,7 @@ from dp2osr.config import PolicySettings, SamplingSettings
 from dp2osr.errors import UserError
 from dp2osr.metrics import METRICS
 from dp2osr.models.backend import Backend, Embeddings, load_backend
+from dp2osr.strict import parse
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def find_policy(policy: str, *, model: str, config_path: Path) -> PolicySettings
             record = json.loads((Path(policy) / "policy.json").read_text())["config"]["policy"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"policy {policy}: policy.json does not say how it is sampled ({error!r})") from None
-        settings = config.parse(PolicySettings, record)
+        settings = parse(PolicySettings, record)
     return settings.model_copy(update={"control": control, "model": model or settings.model})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import j1
 
-from dp2osr.config import BlurSettings
+from dp2osr.config_degradation import BlurSettings
 from dp2osr.degradation import kernels
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dp2osr.config import DegradationSettings
+from dp2osr.config_degradation import DegradationSettings
 from dp2osr.degradation import pipeline
 
 SECOND = {"second_probability": 1.0}

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from dp2osr import seeds, shards, tables
-from dp2osr.config import parse
 from dp2osr.errors import UserError
 from dp2osr.stages import degrade
+from dp2osr.strict import parse
 
 SIZE = 32
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dp2osr import tables
-from dp2osr.config import parse
 from dp2osr.errors import UserError
 from dp2osr.stages import ingest
+from dp2osr.strict import parse
 
 
 def job(*entries: object, **changes: Any) -> ingest.IngestJob:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import j1
 
-from dp2osr.config import BlurSettings
+from dp2osr.config_degradation import BlurSettings
 
 Kernel = NDArray[np.float64]
 SMALL_SINC = 13  # under this size a sinc kernel is too small for cut-offs under π/3

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 
 from dp2osr import seeds as seeding
-from dp2osr.config import DegradationOrder, DegradationSettings, FinalSettings, NoiseSettings, ResizeSettings
+from dp2osr.config_degradation import (
+    DegradationOrder,
+    DegradationSettings,
+    FinalSettings,
+    NoiseSettings,
+    ResizeSettings,
+)
 from dp2osr.degradation import kernels, ops
 
 Parameters = dict[str, Any]

@@ -5,10 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from dp2osr.config import EvaluateSettings, RewardSettings, RunSettings, Strict
+from dp2osr.config import EvaluateSettings, RewardSettings, RunSettings
 from dp2osr.metrics import METRICS
 from dp2osr.report import figures, text
 from dp2osr.report.page import Files, cell, csv, figure, render
+from dp2osr.strict import Strict
 
 
 class CompareJob(Strict):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from dp2osr import tables
-from dp2osr.config import EvaluateSettings, ReportSettings, RewardSettings, RunSettings, Strict
+from dp2osr.config import EvaluateSettings, ReportSettings, RewardSettings, RunSettings
 from dp2osr.errors import UserError
 from dp2osr.preference.reward import apply_scale
 from dp2osr.report import sheets
+from dp2osr.strict import Strict
 
 
 class ReportJob(Strict):

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from dp2osr import images, seeds, stage, tables
-from dp2osr.config import Count, DegradationSettings, Strict
+from dp2osr.config_degradation import DegradationSettings
 from dp2osr.errors import UserError
+from dp2osr.strict import Count, Strict
 
 if TYPE_CHECKING:
     import torch

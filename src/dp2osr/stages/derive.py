@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dp2osr import stage
-from dp2osr.config import Count, Strict
+from dp2osr.strict import Count, Strict
 
 if TYPE_CHECKING:
     import torch

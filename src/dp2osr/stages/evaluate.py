@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dp2osr import evaluation, stage, tables
-from dp2osr.config import EvaluateSettings, Name, RewardSettings, Strict
+from dp2osr.config import EvaluateSettings, RewardSettings
 from dp2osr.errors import UserError
+from dp2osr.strict import Name, Strict
 
 
 class EvaluateJob(Strict):

@@ -15,8 +15,8 @@ import pandas as pd
 from pydantic import Field
 
 from dp2osr import images, seeds, stage, tables
-from dp2osr.config import Count, Probability, Strict
 from dp2osr.errors import UserError
+from dp2osr.strict import Count, Probability, Strict
 
 LOG = logging.getLogger("ingest")
 LUMA = np.array([0.299, 0.587, 0.114])

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dp2osr import stage, tables
-from dp2osr.config import PairSettings, Strict
+from dp2osr.config import PairSettings
 from dp2osr.preference.columns import read_columns
 from dp2osr.preference.pairs import select_pairs
+from dp2osr.strict import Strict
 
 
 class PairsJob(Strict):

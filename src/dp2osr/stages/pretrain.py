@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from dp2osr import images, stage, tables
-from dp2osr.config import DatasetSettings, PretrainSettings, Strict
+from dp2osr.config import DatasetSettings, PretrainSettings
+from dp2osr.strict import Strict
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def read_sources(table: pd.DataFrame, *, max_pixels: int) -> list[tuple[np.ndarr
         for source, sha256 in zip(used.source.astype(str), used.sha256.astype(str), strict=True):
             array = images.decode(sources.read(source, sha256), max_pixels=max_pixels)
             found.append((array, not source.startswith("builtin:dead-leaves/")))
+    log.info("%d sources", len(found))
     return found
 
 
@@ -51,14 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dp2osr.training import pool, pretrain
 
     sources = read_sources(tables.read(args.images, tables.IMAGES), max_pixels=job.dataset.max_pixels)
-    log.info("%d sources", len(sources))
-    trainer = pretrain.Trainer(
-        job.pretrain,
-        pool.draw(sources, job.dataset, job.pretrain, seed=job.seed),
-        args.checkpoints,
-        seed=job.seed,
-        device=stage.device(args.device),
-    )
+    pairs = pool.draw(sources, job.dataset, job.pretrain, seed=job.seed)
+    device = stage.device(args.device)
+    trainer = pretrain.Trainer(job.pretrain, pairs, args.checkpoints, seed=job.seed, device=device)
     trainer.run()
     trainer.save(args.model)
     tables.write(pd.DataFrame(trainer.rows), args.log_table, tables.PRETRAIN_LOG)

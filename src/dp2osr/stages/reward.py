@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from dp2osr import stage, tables
-from dp2osr.config import Count, RewardSettings, Strict
+from dp2osr.config import RewardSettings
 from dp2osr.preference import reward
 from dp2osr.preference.columns import read_columns
+from dp2osr.strict import Count, Strict
 
 
 class RewardJob(Strict):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dp2osr import config, resume, seeds, stage, versions
+from dp2osr import config, resume, seeds, stage, strict, versions
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RolloutJob(config.Strict):
+class RolloutJob(strict.Strict):
     """What determines the candidates of a block: rollouts `first` .. `first + count - 1` of each group."""
 
     policy: config.PolicySettings
     seed: int
     first: int
-    count: config.Count
-    scale: config.Count
+    count: strict.Count
+    scale: strict.Count
     image_format: str
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dp2osr import resume, stage, tables, versions
-from dp2osr.config import Count, Strict
 from dp2osr.errors import UserError
+from dp2osr.strict import Count, Strict
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp2osr import resume, stage, tables, versions
-from dp2osr.config import Count, PolicySettings, RewardSettings, Strict, TrainSettings
+from dp2osr.config import PolicySettings, RewardSettings, TrainSettings
 from dp2osr.errors import UserError
+from dp2osr.strict import Count, Strict
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from dp2osr import seeds
-from dp2osr.config import DatasetSettings, DegradationSettings, PretrainSettings
+from dp2osr.config import DatasetSettings, PretrainSettings
+from dp2osr.config_degradation import DegradationSettings
 from dp2osr.degradation import pipeline
 from dp2osr.stage import progress
 
