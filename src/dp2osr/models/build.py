@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dp2osr.config import ArchitectureSettings
@@ -16,7 +20,9 @@ MAX_TOKENS = 24
 def vae(settings: ArchitectureSettings) -> AutoencoderKL:
     """Return a VAE that halves the image once per entry of `vae_channels` after the first.
 
-    Its posterior starts narrow (log variance -6), so that the decoder sees all of the latents from the first step.
+    Its posterior starts narrow (log variance -6), so that the decoder sees all of the latents from the first step, and
+    its first three latents start as the colours of a smaller image: a small VAE that starts at random learns to restore
+    luma alone and stays there.
     """
     stages = len(settings.vae_channels)
     model = AutoencoderKL(
@@ -25,12 +31,54 @@ def vae(settings: ArchitectureSettings) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * stages,
         layers_per_block=1,
         latent_channels=settings.latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=1,  # groups of few channels would lose their mean and contrast
         mid_block_add_attention=False,
     )
     with torch.no_grad():
         model.quant_conv.bias[settings.latent_channels :] = -6.0
+        _carry_colours(model)
     return model
+
+
+# Orthonormal colour axes: luma, red against blue, green against magenta; the last two vary less and are amplified.
+COLOUR_AXES = torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
+COLOUR_GAINS = torch.tensor([1.0, 3.0, 3.0])
+
+
+def _carry_colours(model: AutoencoderKL) -> None:
+    """Let residual branches start at zero and six channels carry the colours, each as itself and as its negative.
+
+    The encoder averages them down to three latents and the decoder repeats them up again. As silu(x) - silu(-x) = x, the
+    last activation of either leaves them as they are, up to the contrast that its normalisation divides by.
+    """
+    identity = torch.eye(3)
+    signs = torch.cat([identity, -identity])
+    for part in model.modules():
+        if isinstance(part, ResnetBlock2D):
+            nn.init.zeros_(part.conv2.weight)
+            nn.init.zeros_(part.conv2.bias)
+            if part.conv_shortcut is not None:
+                _set_taps(part.conv_shortcut, torch.eye(6))
+        elif isinstance(part, Downsample2D):  # pads below and on the right: its first taps are the cell to average
+            _set_taps(part.conv, torch.eye(6) / 4, cell=slice(0, 2))
+        elif isinstance(part, Upsample2D):
+            _set_taps(part.conv, torch.eye(6))
+    _set_taps(model.encoder.conv_in, signs @ torch.diag(COLOUR_GAINS) @ COLOUR_AXES)
+    _set_taps(model.encoder.conv_out, signs.T)
+    _set_taps(model.quant_conv, identity)
+    _set_taps(model.post_quant_conv, identity)
+    _set_taps(model.decoder.conv_in, signs)
+    _set_taps(model.decoder.conv_out, COLOUR_AXES.T @ torch.diag(1 / COLOUR_GAINS) @ signs.T)
+
+
+def _set_taps(convolution: nn.Conv2d, matrix: torch.Tensor, cell: slice | None = None) -> None:
+    """Let the first outputs be `matrix` (outputs, inputs) of the first inputs, at the centre or at each tap of `cell`."""
+    outputs, inputs = matrix.shape
+    middle = convolution.kernel_size[0] // 2
+    taps = cell or slice(middle, middle + 1)
+    convolution.weight[:outputs] = 0
+    convolution.weight[:outputs, :inputs, taps, taps] = matrix[:, :, None, None]
+    convolution.bias[:outputs] = 0
 
 
 def unet(settings: ArchitectureSettings) -> UNet2DConditionModel:

@@ -152,7 +152,7 @@ class Trainer:
             yield image, top, left
 
     def _vae_loss(self, generator: torch.Generator) -> torch.Tensor:
-        """L1 of pixels and of their differences, squared error (most for chroma, lost otherwise), a small KL term."""
+        """L1 of pixels and of their differences, squared error (most for chroma), a small KL term."""
         phase = self.settings.vae
         crops = self._crops(phase.batch_size, phase.crop, generator)
         batch = torch.stack([self.pool.hr[i, :, y : y + phase.crop, x : x + phase.crop] for i, y, x in crops])
