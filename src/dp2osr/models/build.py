@@ -48,8 +48,8 @@ COLOUR_GAINS = torch.tensor([1.0, 3.0, 3.0])
 def _carry_colours(model: AutoencoderKL) -> None:
     """Let residual branches start at zero and six channels carry the colours, each as itself and as its negative.
 
-    The encoder averages them down to three latents and the decoder repeats them up again. As silu(x) - silu(-x) = x, the
-    last activation of either leaves them as they are, up to the contrast that its normalisation divides by.
+    The encoder averages them down to three latents and the decoder repeats them up again. As silu(x) - silu(-x) = x,
+    the last activation of either leaves them as they are, up to the contrast that its normalisation divides by.
     """
     identity = torch.eye(3)
     signs = torch.cat([identity, -identity])
@@ -72,7 +72,7 @@ def _carry_colours(model: AutoencoderKL) -> None:
 
 
 def _set_taps(convolution: nn.Conv2d, matrix: torch.Tensor, cell: slice | None = None) -> None:
-    """Let the first outputs be `matrix` (outputs, inputs) of the first inputs, at the centre or at each tap of `cell`."""
+    """Let the first outputs be `matrix` (outputs, inputs) of the first inputs, at the centre or the taps of `cell`."""
     outputs, inputs = matrix.shape
     middle = convolution.kernel_size[0] // 2
     taps = cell or slice(middle, middle + 1)
