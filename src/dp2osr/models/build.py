@@ -78,7 +78,8 @@ def _set_taps(convolution: nn.Conv2d, matrix: torch.Tensor, cell: slice | None =
     taps = cell or slice(middle, middle + 1)
     convolution.weight[:outputs] = 0
     convolution.weight[:outputs, :inputs, taps, taps] = matrix[:, :, None, None]
-    convolution.bias[:outputs] = 0
+    if convolution.bias is not None:
+        convolution.bias[:outputs] = 0
 
 
 def unet(settings: ArchitectureSettings) -> UNet2DConditionModel:
