@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 _DEFAULTS = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what only the full proof of tests/workflow/test_kill.py needs."""
+    parser.addoption("--kills", type=int, default=1, help="how often each stage is killed (default: 1)")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Return the top folder of the repository."""

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +21,9 @@ CORES = len(os.sched_getaffinity(0))
 TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
 
 # What a run may write differently each time: wall clock, and what names the machine or the moment.
-VOLATILE = re.compile(r"^(logs|benchmarks)/|/(report|checkpoints)/|/policy\.json$|/train_log\.parquet$")
+VOLATILE = re.compile(
+    r"^(logs|benchmarks)/|/(report|checkpoints)/|^report/.*\.html$|/policy\.json$|/train_log\.parquet$"
+)
 
 Job = tuple[str, str]  # rule, and its wildcards as "block=000, dataset=train"
 
@@ -63,20 +64,6 @@ class Workflow:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.directory / ".cache")}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each job compiles two thousand modules
         return [str(part) for part in command], environment
-
-    def start_and_kill(self, *arguments: str, after_s: float) -> bool:
-        """Start Snakemake, and send SIGKILL to it and its jobs `after_s` seconds later; False where it had ended."""
-        command, environment = self.command("--cores", str(CORES), "--rerun-incomplete", *arguments)
-        self.snakemake("--unlock")
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
-        try:
-            process.wait(timeout=after_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=60)
-            return True
-        return False
 
     def run(self, *targets: str, changes: dict[str, Any] | None = None, cores: int = CORES) -> None:
         """Make the targets; on failure, raise with Snakemake's output and the log of the job that failed."""

@@ -40,8 +40,19 @@ def add_upscale(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", default="", help="what the photographs show")
     parser.add_argument("--scale", type=positive, default=4, help="enlargement that the policy was trained for")
-    parser.add_argument("--candidates", type=positive, default=1, metavar="K", help="restorations of each image")
-    parser.add_argument("--best-of", default="", metavar="METRIC", help="write only the best of K by this metric")
+    parser.add_argument(
+        "--candidates",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="restorations of each image; without --best-of all are written: NAME-0000.png, NAME-0001.png ...",
+    )
+    parser.add_argument(
+        "--best-of",
+        default="",
+        metavar="METRIC",
+        help="write only the best of the K candidates as NAME.png, by a no-reference metric such as niqe",
+    )
     parser.add_argument("--niqe", type=Path, help="niqe.mat, where it is not the one that the config names")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal images")
     parser.add_argument("--tile", type=int, default=0, help="output pixels of a tile; 0: the model's own size")

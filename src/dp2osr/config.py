@@ -181,14 +181,17 @@ class ReportSettings(Strict):
 
 
 class ArchitectureSettings(Strict):
-    """Widths of the tiny SD-style networks that `pretrain` builds in diffusers' layout."""
+    """Widths of the tiny SD-style networks that `pretrain` builds in diffusers' layout.
 
-    vae_channels: list[int]
-    latent_channels: Count
-    unet_channels: list[int]
+    The VAE starts by carrying colours, which takes six channels and three latents; the UNet normalises eight groups.
+    """
+
+    vae_channels: Annotated[list[Annotated[int, Field(ge=6)]], Field(min_length=1, max_length=4)]
+    latent_channels: Annotated[int, Field(ge=3)]
+    unet_channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)]
     layers_per_block: Count
-    conditioning_channels: list[int]
-    text_width: Count
+    conditioning_channels: Annotated[list[Count], Field(min_length=1)]
+    text_width: Annotated[int, Field(ge=2, multiple_of=2)]
     prediction_type: Literal["epsilon", "v_prediction"]
 
 
@@ -197,7 +200,7 @@ class PhaseSettings(Strict):
 
     steps: Annotated[int, Field(ge=0)]
     batch_size: Count
-    crop: Count
+    crop: Annotated[int, Field(ge=8, multiple_of=8)]
     learning_rate: Annotated[float, Field(gt=0)]
     final: Probability
 
@@ -217,6 +220,15 @@ class PretrainSettings(Strict):
     prompt_dropout: Probability
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     checkpoint_every: Count
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        halved, wanted = len(self.architecture.conditioning_channels), len(self.architecture.vae_channels)
+        if not self.backbone and halved != wanted:
+            raise ValueError(
+                f"architecture.conditioning_channels has {halved} entries, wanted {wanted} as vae_channels"
+            )
+        return self
 
 
 class Config(Strict):

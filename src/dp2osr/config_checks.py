@@ -35,6 +35,7 @@ def check_references(config: "Config") -> None:
                 known(f"rewards.{name}.{side}", metric, metrics.METRICS)
                 known(f"rewards.{name}.{side} (metrics in iqa.groups)", metric, scored)
     known("iqa.niqe.dataset", config.iqa.niqe.dataset, config.datasets)
+    known("pretrain.dataset", config.pretrain.dataset, config.datasets)
     for name, policy in config.policies.items():
         if policy.derive:
             known(f"policies.{name}.derive_from", policy.derive_from, models)

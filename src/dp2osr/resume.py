@@ -7,19 +7,52 @@ same bytes, each through its own temporary file.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+STALE_S = 24 * 3600  # no writer leaves its file untouched for so long
+HOST = socket.gethostname().partition(".")[0]
+
+
+def temporary_beside(path: Path | str, suffix: str = "tmp") -> Path:
+    """Return a name beside `path` that is this process's own; what killed processes left there is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(path.parent.resolve())
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.{suffix}")
+
+
+@functools.cache
+def _clear_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders whose process died on this host, or that are a day old; once a process."""
+    for path in folder.iterdir():
+        named = re.fullmatch(r"\..+\.([^.]+)-(\d+)\.(?:tmp|old)", path.name)
+        with contextlib.suppress(OSError):  # another job clears, too, and another user's may stay
+            if named and (_died(named[1], int(named[2])) or time.time() - path.stat().st_mtime > STALE_S):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _died(host: str, process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return host == HOST
+    except PermissionError:
+        pass  # it lives, as another user's
+    return False
 
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed, on error removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with temporary.open("rb") as handle:

@@ -37,7 +37,7 @@ IMAGES = _schema(
     ["image_id"],
     _column("image_id", _TEXT, "a crop: first 16 hex digits of the file's sha256, and the crop number"),
     _column("photo_id", _TEXT, "the photograph that the crop is from: first 16 hex digits of sha256"),
-    _column("source", _TEXT, "file below its entry of the config, tar::member, or builtin:name"),
+    _column("source", _TEXT, "path that begins as the entry of the config does, tar::member of one, or builtin:name"),
     _column("sha256", _TEXT, "of the file's bytes"),
     _column("width", _INT, "of the file after EXIF orientation", "px"),
     _column("height", _INT, "of the file after EXIF orientation", "px"),

@@ -159,7 +159,8 @@ def check_judge(metric: str) -> None:
     """Raise UserError where `metric` cannot judge images that have no original."""
     judges = [name for name, known in METRICS.items() if known.kind == "nr"]
     if metric not in judges:
-        raise UserError(f"--best-of: found '{metric}', wanted a no-reference metric: {', '.join(judges)}")
+        why = ", which compares with an original that does not exist here" if metric in METRICS else ""
+        raise UserError(f"--best-of: found '{metric}'{why}, wanted a no-reference metric: {', '.join(judges)}")
 
 
 def pick(candidates: Sequence[torch.Tensor], metric: str, scorer: Any) -> int:

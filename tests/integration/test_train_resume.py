@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import load
 
 from dp2osr import tables
 from dp2osr.errors import UserError
@@ -94,9 +95,14 @@ def test_two_processes_equal_one(undisturbed: Path, tiny_model: Path, tmp_path: 
     process = start([*command(tiny_model, tmp_path, tmp_path), "--processes", "2"])
     assert process.wait(300) == 0
     found, wanted = results(tmp_path), results(undisturbed)
-    pd.testing.assert_frame_equal(found[0], wanted[0], check_exact=False, rtol=1e-3, atol=1e-5)
+    weights, before = load(found[2]), load(wanted[2])
+    assert max(float((weights[name] - before[name]).abs().max()) for name in before) < 1e-5
+    # errors in float32 differ by 1e-8 with the size of a batch, and z is beta / 2 times their difference
+    steep = ["loss", "abs_logit", "grad_norm"]
+    pd.testing.assert_frame_equal(found[0].drop(columns=steep), wanted[0].drop(columns=steep), rtol=0, atol=1e-6)
+    pd.testing.assert_frame_equal(found[0][steep], wanted[0][steep], rtol=1e-4, atol=2500 * 1e-7)
     columns = ["reward", "fr", "nr", "diversity"]
-    pd.testing.assert_frame_equal(found[1][columns], wanted[1][columns], check_exact=False, rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(found[1][columns], wanted[1][columns], rtol=0, atol=1e-5)
 
 
 def test_a_group_without_latents_is_one_error(tiny_model: Path, tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ def test_upscale_writes_a_lossless_image(tmp_path: Path, config_file: Path) -> N
     assert (tmp_path / "folder" / "in.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
+def test_all_candidates_are_written_where_no_metric_chooses(tmp_path: Path, config_file: Path) -> None:
+    source = save(tmp_path / "in.png")
+    arguments = ["upscale", str(source), "--config", str(config_file), "--device", "cpu", "-o", str(tmp_path / "out")]
+    cli.main([*arguments, "--candidates", "2"])
+    first, second = sorted((tmp_path / "out").iterdir())
+    assert (first.name, second.name) == ("in-0000.png", "in-0001.png")
+    assert first.read_bytes() != second.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -116,3 +116,24 @@ def test_the_fingerprint_does_not_depend_on_where_a_file_lies(tmp_path: Path) ->
     for name in ("a", "b"):
         resume.write_bytes(tmp_path / name / "file", b"same")
     assert resume.fingerprint(tmp_path / "a") == resume.fingerprint(tmp_path / "b")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    code = "import os, sys; from dp2osr import resume; print(resume.temporary_beside(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    left = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    left.write_bytes(b"half")
+    folder = left.with_suffix(".old")
+    (folder / "inner").mkdir(parents=True)
+    elsewhere = tmp_path / f".file.another-node-{os.getpid()}.tmp"
+    ours, living = resume.temporary_beside(tmp_path / "other"), tmp_path / f".file.{resume.HOST}-{os.getppid()}.tmp"
+    for path in (elsewhere, ours, living):
+        path.write_bytes(b"being written")
+    resume._clear_leftovers.cache_clear()
+    resume.write_bytes(tmp_path / "file", b"content")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", elsewhere.name, ours.name, living.name}
+    day_ago = elsewhere.stat().st_mtime - resume.STALE_S - 60
+    os.utime(elsewhere, (day_ago, day_ago))
+    resume._clear_leftovers.cache_clear()
+    resume.write_bytes(tmp_path / "file", b"content")
+    assert not elsewhere.exists() and living.exists()

@@ -82,11 +82,14 @@ def _set_taps(convolution: nn.Conv2d, matrix: torch.Tensor, cell: slice | None =
         convolution.bias[:outputs] = 0
 
 
-def unet(settings: ArchitectureSettings) -> UNet2DConditionModel:
-    """Return a UNet whose attention, to itself and to the text, is in the middle block."""
+def unet(settings: ArchitectureSettings, *, sample_size: int) -> UNet2DConditionModel:
+    """Return a UNet whose attention, to itself and to the text, is in the middle block.
+
+    sample_size: side in latent cells of the images that it is trained on; larger ones are tiled by it.
+    """
     stages = len(settings.unet_channels)
     return UNet2DConditionModel(
-        sample_size=24,
+        sample_size=sample_size,
         in_channels=settings.latent_channels,
         out_channels=settings.latent_channels,
         block_out_channels=tuple(settings.unet_channels),

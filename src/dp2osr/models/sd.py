@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from dp2osr.config import PolicySettings, SamplingSettings
 from dp2osr.errors import UserError
@@ -22,13 +23,19 @@ from dp2osr.models.backend import PARTS, Embeddings, resolve
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
+disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
 
-def _load(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+
+def load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+    """Load one folder of a model; raises UserError that names it."""
     try:
-        return kind.from_pretrained(folder / part, local_files_only=True, **options)
+        found = kind.from_pretrained(folder / part, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model {folder / part}: cannot be loaded ({first}); wanted diffusers' layout") from None
+    if isinstance(found, diffusers.ModelMixin):
+        found.register_to_config(_name_or_path="")  # or what is saved later would tell where this lay
+    return found
 
 
 class DiffusionBackend:
@@ -39,16 +46,16 @@ class DiffusionBackend:
         self.device = device
         self.dtype = getattr(torch, policy.sampling.dtype)
         self.vae_dtype = getattr(torch, policy.sampling.vae_dtype)
-        self.scheduler_config = dict(_load(DDPMScheduler, folder, "scheduler").config)
+        self.scheduler_config = dict(load_part(DDPMScheduler, folder, "scheduler").config)
         self.noise_scheduler = DDPMScheduler.from_config(self.scheduler_config)
         self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(device)
         if "backbone" in parts:
-            self.unet = self._freeze(_load(UNet2DConditionModel, folder, "unet"), self.dtype)
+            self.unet = self._freeze(load_part(UNet2DConditionModel, folder, "unet"), self.dtype)
         if "vae" in parts:
-            self.vae = self._freeze(_load(AutoencoderKL, folder, "vae"), self.vae_dtype)
+            self.vae = self._freeze(load_part(AutoencoderKL, folder, "vae"), self.vae_dtype)
         if "text" in parts:
-            self.tokenizer = _load(CLIPTokenizer, folder, "tokenizer")
-            self.text_encoder = self._freeze(_load(CLIPTextModel, folder, "text_encoder"), self.dtype)
+            self.tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
+            self.text_encoder = self._freeze(load_part(CLIPTextModel, folder, "text_encoder"), self.dtype)
         stages = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
         self.latent_factor = 2 ** (stages - 1)
         unet = UNet2DConditionModel.load_config(folder / "unet")
@@ -56,7 +63,11 @@ class DiffusionBackend:
         self.native_size = self.latent_factor * (unet["sample_size"] or 64)
 
     def _freeze(self, module: nn.Module, dtype: torch.dtype) -> Any:
-        return module.to(self.device, dtype).to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        return self._place(module, dtype).requires_grad_(False).eval()
+
+    def _place(self, module: nn.Module, dtype: torch.dtype) -> Any:
+        """Cast and move; diffusers' own `to(dtype)` warns of modules to keep in float32 where a class has none."""
+        return nn.Module.to(module, self.device, dtype).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -92,14 +103,14 @@ class DiffusionBackend:
         """Load a folder with config.json, or a bare state dict onto `ControlNetModel.from_unet(unet)`."""
         found = resolve(path)
         if found.is_dir():
-            branch = _load(ControlNetModel, found.parent, found.name)
+            branch = load_part(ControlNetModel, found.parent, found.name)
         else:
             branch = ControlNetModel.from_unet(self.unet)
             missing, unexpected = branch.load_state_dict(load_file(found), strict=False)
             if missing or unexpected:
                 name = (missing or unexpected)[0]
                 raise UserError(f"control weights {path}: '{name}' does not fit the control branch of this UNet")
-        return branch.to(self.device, self.dtype).to(memory_format=torch.channels_last).eval()
+        return self._place(branch, self.dtype).eval()
 
     def save_control(self, branch: nn.Module, folder: Path) -> None:
         """Write a control branch in diffusers' layout, loadable by StableDiffusionControlNetPipeline."""

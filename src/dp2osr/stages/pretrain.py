@@ -7,11 +7,13 @@ With `backbone` set, that model stays frozen and only a control branch is traine
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
+from pydantic import model_validator
 
-from dp2osr import images, stage, tables
+from dp2osr import images, resume, stage, tables, versions
 from dp2osr.config import DatasetSettings, PretrainSettings
 from dp2osr.strict import Strict
 
@@ -24,6 +26,26 @@ class PretrainJob(Strict):
     pretrain: PretrainSettings
     dataset: DatasetSettings
     seed: int
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, scale = self.dataset.hr_size, self.dataset.degradation.scale
+        for name in ("vae", "denoiser", "finetune"):
+            crop = getattr(self.pretrain, name).crop
+            if crop > size:
+                raise ValueError(f"pretrain.{name}.crop={crop}, wanted at most the dataset's hr_size={size}")
+        if 8 % scale:
+            raise ValueError(f"dataset.degradation.scale={scale}, wanted 1, 2, 4 or 8 (crops lie on multiples of 8)")
+        return self
+
+
+def job_mark(job: PretrainJob, table: Path) -> str:
+    """Return the fingerprint of all that determines the weights: settings, images.parquet, a given backbone."""
+    from dp2osr.models.backend import resolve
+
+    settings = job.model_dump_json(exclude={"pretrain": {"output", "checkpoint_every"}})
+    backbone = [resolve(job.pretrain.backbone)] if job.pretrain.backbone else []
+    return resume.fingerprint(settings, str(versions.PRETRAIN), table, *backbone)
 
 
 def read_sources(table: pd.DataFrame, *, max_pixels: int) -> list[tuple[np.ndarray, bool]]:
@@ -51,13 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     job: PretrainJob = args.config
 
     from dp2osr.training import pool, pretrain
+    from dp2osr.training.checkpoint import atomic_folder
 
     sources = read_sources(tables.read(args.images, tables.IMAGES), max_pixels=job.dataset.max_pixels)
     pairs = pool.draw(sources, job.dataset, job.pretrain, seed=job.seed)
     device = stage.device(args.device)
-    trainer = pretrain.Trainer(job.pretrain, pairs, args.checkpoints, seed=job.seed, device=device)
+    checkpoints = args.checkpoints / job_mark(job, args.images)
+    trainer = pretrain.Trainer(job.pretrain, pairs, checkpoints, seed=job.seed, device=device)
     trainer.run()
-    trainer.save(args.model)
+    with atomic_folder(args.model) as folder:
+        trainer.save(folder)
     tables.write(pd.DataFrame(trainer.rows), args.log_table, tables.PRETRAIN_LOG)
 
 

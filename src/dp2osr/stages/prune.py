@@ -1,7 +1,8 @@
 """Drop the candidates that no run selects from finished shards, for at full scale they are most of the disk.
 
 A shard is rewritten in place and keeps its modification time, so that the tables made from it stay up to date. What
-was dropped comes back only by sampling again: a new metric or a run that selects others needs the shards anew.
+was dropped comes back only by sampling again: a new metric or a run that selects others needs the shards anew. The
+summary says what is there now, for a job that was killed half-way no longer knows what had been.
 """
 
 import json
@@ -43,7 +44,8 @@ def prune(path: Path, keep: Collection[str]) -> dict[str, int]:
     write_shard(smaller, kept())
     os.utime(smaller, ns=(before.st_atime_ns, before.st_mtime_ns))
     smaller.replace(path)
-    return {**counts, "bytes_freed": before.st_size - path.stat().st_size}
+    size = path.stat().st_size
+    return {**counts, "bytes": size, "bytes_freed": before.st_size - size}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = stage.parser(__doc__)
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="pairs of all runs on these candidates")
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="shards, rewritten in place")
-    parser.add_argument("--summary", type=Path, required=True, help="output: JSON with what was dropped")
+    parser.add_argument("--summary", type=Path, required=True, help="output: JSON with the candidates and bytes left")
     args = stage.parse_args(parser, argv)
     keep = selected(args.pairs)
     results = [prune(path, keep) for path in stage.progress(args.candidates, len(args.candidates), "shards", logger)]
@@ -59,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("kept %(kept)d candidates, dropped %(dropped)d, freed %(bytes_freed)d bytes", total)
     if total["kept"] < len(keep):
         logger.warning("%d selected candidates are not in these shards", len(keep) - total["kept"])
-    resume.write_bytes(args.summary, json.dumps(total, sort_keys=True).encode() + b"\n")
+    left = {name: total[name] for name in ("kept", "bytes")}
+    resume.write_bytes(args.summary, json.dumps(left, sort_keys=True).encode() + b"\n")
 
 
 if __name__ == "__main__":

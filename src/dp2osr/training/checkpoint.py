@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dp2osr.resume import temporary_beside
+
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
@@ -75,9 +77,7 @@ def _place(temporary: Path, folder: Path, old: Path) -> None:
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; on success it is synced and takes its place, on error removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary, old = temporary_beside(folder), temporary_beside(folder, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -187,7 +187,7 @@ class Trainer:
         with self._averaged():
             branch = self.policy
             if self.sample_dtype != torch.float32:
-                branch = copy.deepcopy(branch).to(self.sample_dtype)  # what a rollout of this policy will load
+                branch = nn.Module.to(copy.deepcopy(branch), self.sample_dtype)  # what a rollout of this policy loads
             found = self.guard.measure(branch, pause=self._pause if alone else lambda: None)
         self.policy.train()
         row = judge(self.progress.validation, self.progress.step, found, self.settings.guard)

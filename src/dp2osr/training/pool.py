@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pool:
-    """hr (N, 3, S, S) and lr (N, 3, S/4, S/4) uint8; `photograph` (N,) bool says which are no procedural images."""
+    """hr (N, 3, S, S), lr (N, 3, S/scale, S/scale) uint8; `photograph` (N,) bool: which are no procedural images."""
 
     hr: torch.Tensor
     lr: torch.Tensor

@@ -20,6 +20,7 @@ from dp2osr.config import PhaseSettings, PretrainSettings
 from dp2osr.errors import UserError
 from dp2osr.models import build
 from dp2osr.models.backend import resolve
+from dp2osr.models.sd import load_part
 from dp2osr.resume import atomic
 from dp2osr.training.pool import Pool
 
@@ -29,7 +30,10 @@ LossOf = Callable[[torch.Generator], torch.Tensor]
 
 
 class Trainer:
-    """Trains the phases one after the other and keeps one checkpoint file in `folder`."""
+    """Trains the phases one after the other and keeps one checkpoint file a phase in `folder`.
+
+    The folder belongs to one setting: what lies there is gone on from without a question.
+    """
 
     def __init__(
         self, settings: PretrainSettings, pool: Pool, folder: Path, *, seed: int, device: torch.device
@@ -40,7 +44,8 @@ class Trainer:
         shapes = settings.architecture
         self.tokenizer, self.text_encoder = build.tokenizer(), build.text_encoder(shapes).to(device).eval()
         self.vae: AutoencoderKL = build.vae(shapes)
-        self.unet: UNet2DConditionModel = build.unet(shapes)
+        cells = pool.hr.shape[2] // 2 ** (len(shapes.vae_channels) - 1)
+        self.unet: UNet2DConditionModel = build.unet(shapes, sample_size=cells)
         self.scheduler = build.scheduler(shapes)
         if settings.backbone:
             self._load_backbone(resolve(settings.backbone))
@@ -49,11 +54,11 @@ class Trainer:
             module.to(device, memory_format=torch.channels_last)
 
     def _load_backbone(self, folder: Path) -> None:
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
-        self.scheduler = type(self.scheduler).from_pretrained(folder / "scheduler", local_files_only=True)
-        self.tokenizer = type(self.tokenizer).from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.text_encoder = type(self.text_encoder).from_pretrained(folder / "text_encoder", local_files_only=True)
+        self.vae = load_part(AutoencoderKL, folder, "vae")
+        self.unet = load_part(UNet2DConditionModel, folder, "unet")
+        self.scheduler = load_part(type(self.scheduler), folder, "scheduler")
+        self.tokenizer = load_part(type(self.tokenizer), folder, "tokenizer")
+        self.text_encoder = load_part(type(self.text_encoder), folder, "text_encoder", dtype=torch.float32)
         self.text_encoder.to(self.device).eval()
         self.unet.requires_grad_(False).eval()
 
@@ -73,8 +78,8 @@ class Trainer:
         averages = [copy.deepcopy(module).requires_grad_(False) for module in modules]
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        first = self._restore(name, modules, averages, optimizer)
-        total, since = 0.0, time.monotonic()
+        first, total = self._restore(name, modules, averages, optimizer)
+        since = time.monotonic()
         for step in range(first, phase.steps):
             for group in optimizer.param_groups:
                 group["lr"] = _cosine(step, phase)
@@ -82,9 +87,12 @@ class Trainer:
             loss = loss_of(generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if not math.isfinite(loss.item()):
-                raise UserError(f"pretrain: phase {name}, step {step + 1}: loss is {loss.item()}; lower learning_rate")
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+                raise UserError(
+                    f"pretrain: phase {name}, step {step + 1}: loss {loss.item()}, gradient norm {norm}, wanted finite "
+                    f"numbers; lower pretrain.{name}.learning_rate"
+                )
             optimizer.step()
             _average(averages, modules, min(self.settings.ema_decay, (1 + step) / (10 + step)))
             total += loss.item()
@@ -104,7 +112,7 @@ class Trainer:
                 self.rows.append({"phase": name, "step": step + 1, "loss": total / count})
                 total, since = 0.0, time.monotonic()
             if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == phase.steps:
-                self._save(name, step + 1, modules, averages, optimizer)
+                self._save(name, step + 1, total, modules, averages, optimizer)
         for module, average in zip(modules, averages, strict=True):
             module.load_state_dict(average.state_dict())
 
@@ -115,12 +123,14 @@ class Trainer:
         self,
         name: str,
         step: int,
+        total: float,
         modules: list[nn.Module],
         averages: list[nn.Module],
         optimizer: torch.optim.Optimizer,
     ) -> None:
         state = {
             "step": step,
+            "total": total,
             "modules": [module.state_dict() for module in modules],
             "averages": [module.state_dict() for module in averages],
             "optimizer": optimizer.state_dict(),
@@ -131,9 +141,10 @@ class Trainer:
 
     def _restore(
         self, name: str, modules: list[nn.Module], averages: list[nn.Module], optimizer: torch.optim.Optimizer
-    ) -> int:
+    ) -> tuple[int, float]:
+        """Take up the checkpoint; return its step and the sum of losses that no row of the log holds yet."""
         if not self._file(name).is_file():
-            return 0
+            return 0, 0.0
         state = torch.load(self._file(name), map_location=self.device, weights_only=True)
         for module, average, weights, mean in zip(modules, averages, state["modules"], state["averages"], strict=True):
             module.load_state_dict(weights)
@@ -141,7 +152,7 @@ class Trainer:
         optimizer.load_state_dict(state["optimizer"])
         self.rows += state["rows"]
         log.info("%s: goes on after step %d", name, state["step"])
-        return int(state["step"])
+        return int(state["step"]), float(state["total"])
 
     def _crops(self, count: int, crop: int, generator: torch.Generator) -> Iterator[tuple[int, int, int]]:
         """Yield (image, top, left) with corners on multiples of 8 pixels."""
