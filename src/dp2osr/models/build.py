@@ -133,7 +133,8 @@ def tokenizer() -> CLIPTokenizer:
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps({word: index for index, word in enumerate(words)}))
         merges.write_text("#version: 0.2\n")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+        # said here, or the saved settings would tell whether the hub was switched off while they were made
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, local_files_only=True)
 
 
 def text_encoder(settings: ArchitectureSettings) -> CLIPTextModel:
