@@ -8,6 +8,7 @@ import torch
 import tiny_shards
 from dp2osr import config, seeds
 from dp2osr.errors import UserError
+from dp2osr.models.backend import weights_hash
 from dp2osr.sampling import images_control
 from dp2osr.shards import decode_image, read_shard
 from dp2osr.stages import rollout
@@ -76,6 +77,18 @@ def test_candidates_say_where_they_come_from(tmp_path: Path, job: list[str]) -> 
     assert decode_image(samples[0][1]["png"]).shape == (3, 32, 32)
     assert len({fields["png"] for _, fields in samples}) == 12
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_policy_hash_is_of_weights_and_settings(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    weights, notes = tmp_path / "unet" / "model.safetensors", [tmp_path / "README.md", tmp_path / "policy.json"]
+    weights.write_bytes(b"one")
+    before = weights_hash(tmp_path)
+    for note in notes:
+        note.write_text("made at another commit")
+    assert weights_hash(tmp_path) == before
+    weights.write_bytes(b"two")
+    assert weights_hash(tmp_path) != before
 
 
 def test_more_rollouts_only_add_blocks(

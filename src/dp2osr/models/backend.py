@@ -17,7 +17,7 @@ from torch import nn
 import dp2osr
 from dp2osr.config import PolicySettings, SamplingSettings
 from dp2osr.errors import UserError
-from dp2osr.resume import write_bytes
+from dp2osr.resume import fingerprint, write_bytes
 
 Embeddings = dict[str, torch.Tensor]
 PARTS = frozenset({"backbone", "vae", "text"})
@@ -104,6 +104,17 @@ def resolve(path: str | Path) -> Path:
     if not found.exists():
         raise UserError(f"model {text}: not found; wanted a folder in diffusers' layout or a .safetensors file")
     return found
+
+
+def weights_hash(*paths: Path) -> str:
+    """Return 16 hex digits that change with the weights and settings of models, not with notes that lie beside them."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [
+            file for file in inside if file.suffix in {".json", ".safetensors", ".txt"} and file.name != "policy.json"
+        ]
+    return fingerprint(*files)
 
 
 def write_embeddings(

@@ -121,7 +121,7 @@ def resumed(
 def load_sampler(args: argparse.Namespace) -> Sampler:
     """Read the shard's LR images and embeddings, and load the policy."""
     from dp2osr import shards
-    from dp2osr.models.backend import load_backend, read_embeddings, resolve
+    from dp2osr.models.backend import load_backend, read_embeddings, resolve, weights_hash
 
     job: RolloutJob = args.config
     images = {group: shards.decode_image(fields["lr.png"]) for group, fields in shards.read_shard(args.lr)}
@@ -130,7 +130,7 @@ def load_sampler(args: argparse.Namespace) -> Sampler:
         raise UserError(f"embeddings {args.embeddings}: no prompt of group {absent[0]}, which {args.lr} holds")
     if not images:
         raise UserError(f"shard {args.lr}: no images in it; fewer shards than images are wanted (num_shards)")
-    policy_hash = resume.fingerprint(resolve(job.policy.model), resolve(args.control))
+    policy_hash = weights_hash(resolve(job.policy.model), resolve(args.control))
     device = stage.device(args.device)
     backend = load_backend(job.policy, device=device, parts=frozenset({"backbone", "vae"}))
     branch = backend.load_control(args.control)
