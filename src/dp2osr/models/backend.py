@@ -108,13 +108,9 @@ def resolve(path: str | Path) -> Path:
 
 def weights_hash(*paths: Path) -> str:
     """Return 16 hex digits that change with the weights and settings of models, not with notes that lie beside them."""
-    files: list[Path] = []
-    for path in paths:
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [
-            file for file in inside if file.suffix in {".json", ".safetensors", ".txt"} and file.name != "policy.json"
-        ]
-    return fingerprint(*files)
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    kinds = {".json", ".safetensors", ".txt"}
+    return fingerprint(*(file for file in files if file.suffix in kinds and file.name != "policy.json"))
 
 
 def write_embeddings(
