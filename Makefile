@@ -12,6 +12,9 @@ PY := .venv/bin/python
 WORKFLOW := .ci/workflow
 SNAKEMAKE := --cores $(CORES)
 
+# Each job is a process that imports torch and diffusers: compiled anew every time, that is half a job's time here.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help env demo study base test lint format unlock pins clean
 
 help: ## show the targets

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dp2osr.errors import UserError
 from dp2osr.images import load_builtin
-from dp2osr.iqa.metric import SCRATCH, Scorer, _once_an_image, _with_weights, statuses
+from dp2osr.iqa.metric import SCRATCH, Scorer, _with_weights, statuses
 from dp2osr.metrics import METRICS
 
 CPU = torch.device("cpu")
@@ -148,19 +148,6 @@ def test_micro_batch_limits_scratch_memory() -> None:
     large = judge.micro_batch("ssim", 96, 96)
     assert 1 <= large < 16 and large * METRICS["ssim"].scratch * 96 * 96 <= SCRATCH["cpu"]
     assert judge.micro_batch("ssim", 2000, 2000) == 1
-
-
-def test_repeated_images_are_computed_once() -> None:
-    seen = []
-
-    def double(images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return images * 2
-
-    values = torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0]).reshape(5, 1, 1, 1)
-    assert torch.equal(_once_an_image(double)(values), values * 2)
-    assert torch.equal(_once_an_image(lambda images: [double(images)])(values)[0], values * 2)
-    assert seen == [3, 3]
 
 
 def test_user_errors(tmp_path: Path, photos: list[torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from dp2osr.errors import UserError
 from dp2osr.metrics import METRICS
+from dp2osr.repeats import once_an_image
 
 LOG = logging.getLogger("iqa")
 CONNECT_S = 15.0  # seconds that a download of weights may wait for an answer
@@ -151,7 +152,7 @@ def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int)
         return pyiqa.create_metric(name, device=device, **options)
     model = _with_weights(name, device) if METRICS[name].needs_weights else pyiqa.create_metric(name, device=device)
     if name == "nlpd":
-        model.net.pyramid = _once_an_image(model.net.pyramid)
+        model.net.pyramid = once_an_image(model.net.pyramid)
     return model
 
 
@@ -198,7 +199,7 @@ def _shared_hr(name: str) -> Iterator[None]:
         return
     from pyiqa.archs import fsim_arch
 
-    with _replaced(fsim_arch, "_phase_congruency", _once_an_image(fsim_arch._phase_congruency)):
+    with _replaced(fsim_arch, "_phase_congruency", once_an_image(fsim_arch._phase_congruency)):
         yield
 
 
@@ -210,21 +211,3 @@ def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> It
         yield
     finally:
         setattr(module, name, original)
-
-
-def _once_an_image(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function of (B, C, H, W) that treats images apart: equal neighbours in the batch are computed once.
-
-    It returns a tensor or a list of tensors with the batch as first dimension.
-    """
-
-    def wrapped(images: torch.Tensor, **options: Any) -> Any:
-        new = (images[1:] != images[:-1]).flatten(1).any(dim=1)
-        if bool(new.all()):
-            return function(images, **options)
-        first = torch.cat([new.new_ones(1), new])
-        source = first.cumsum(0) - 1
-        found = function(images[first], **options)
-        return [part[source] for part in found] if isinstance(found, list) else found[source]
-
-    return wrapped

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -20,6 +21,7 @@ from dp2osr.config import PolicySettings, SamplingSettings
 from dp2osr.errors import UserError
 from dp2osr.models import tiling
 from dp2osr.models.backend import PARTS, Embeddings, resolve
+from dp2osr.repeats import once_an_image
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,6 +38,18 @@ def load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
     if isinstance(found, diffusers.ModelMixin):
         found.register_to_config(_name_or_path="")  # or what is saved later would tell where this lay
     return found
+
+
+class SharedConditioning(ControlNetConditioningEmbedding):
+    """diffusers' embedding of the control image, computed once for neighbours in the batch that share theirs.
+
+    In training and rollouts the candidates of a group stand side by side; embedding the image for each was a third of
+    the tiny model's work. A class, for a function put into the module would not survive its deep copy.
+    """
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """Embed (B, 3, H, W); returns (B, channels, h, w)."""
+        return once_an_image(super().forward)(conditioning)
 
 
 class DiffusionBackend:
@@ -110,6 +124,8 @@ class DiffusionBackend:
             if missing or unexpected:
                 name = (missing or unexpected)[0]
                 raise UserError(f"control weights {path}: '{name}' does not fit the control branch of this UNet")
+        if type(branch.controlnet_cond_embedding) is ControlNetConditioningEmbedding:
+            branch.controlnet_cond_embedding.__class__ = SharedConditioning
         return self._place(branch, self.dtype).eval()
 
     def save_control(self, branch: nn.Module, folder: Path) -> None:

@@ -21,8 +21,12 @@ class CompareJob(Strict):
 
 
 def describe(run: RunSettings, reward: RewardSettings) -> dict[str, Any]:
-    """Return the settings in which runs are compared, by short name; N is given as a share of M."""
+    """Return the settings in which runs are compared, by short name; N is given as a share of M.
+
+    The size of a step is the number of its images, for these are its cost, whatever the batching and N are.
+    """
     pairs, train = run.pairs, run.train
+    by_group = train.batching == "groups"
     return {
         "reference": run.reference,
         "dataset": run.dataset,
@@ -39,8 +43,7 @@ def describe(run: RunSettings, reward: RewardSettings) -> dict[str, Any]:
         "beta": train.beta,
         "learning_rate": train.learning_rate,
         "steps": train.steps,
-        "groups_per_step": train.groups_per_step,
-        "pairs_per_step": train.pairs_per_step,
+        "images a step": 2 * (pairs.top * train.groups_per_step if by_group else train.pairs_per_step),
         "precision": train.precision,
         "judge": run.judge or run.reward,
         "seed": run.seed,
