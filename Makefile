@@ -11,11 +11,12 @@ STAMP := .venv/.installed-$(shell cat $(PINS) | cksum | tr ' ' -)
 PY := .venv/bin/python
 WORKFLOW := .ci/workflow
 SNAKEMAKE := --cores $(CORES)
+ONE_THREAD := --set-threads train=1 rollout=1 score=1 encode=1  # many runs: a job a core beats two cores a job
 
 # Each job is a process that imports torch and diffusers: compiled anew every time, that is half a job's time here.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo study base test lint format unlock pins clean
+.PHONY: help env demo study sweep base test lint format unlock pins clean
 
 help: ## show the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +31,10 @@ demo: env ## images to report with the embedded model (results/runs/default/repo
 
 study: env ## a second training seed and the controls, compared on one page
 	@$(WORKFLOW) results/report/compare.html $(SNAKEMAKE) --configfile config/study.yaml -- figures
+
+sweep: env ## the paper's ablations of N/M, M and HPO on shared rollouts, compared on one page (long)
+	@$(WORKFLOW) results/sweep/report/compare.html $(SNAKEMAKE) --configfile config/sweep.yaml $(ONE_THREAD) \
+	    -- results/sweep/report/compare.html
 
 base: env ## train the embedded model again from images (long)
 	@$(WORKFLOW) build/tiny-sd $(SNAKEMAKE) --configfile config/pretrain.yaml -- pretrain
