@@ -30,7 +30,7 @@ demo: env ## images to report with the embedded model (results/runs/default/repo
 	@$(WORKFLOW) results/runs/default/report/index.html $(SNAKEMAKE)
 
 study: env ## a second training seed and the controls, compared on one page
-	@$(WORKFLOW) results/report/compare.html $(SNAKEMAKE) --configfile config/study.yaml -- figures
+	@$(WORKFLOW) results/report/compare.html $(SNAKEMAKE) --configfile config/study.yaml $(ONE_THREAD) -- figures
 
 sweep: env ## the paper's ablations of N/M, M and HPO on shared rollouts, compared on one page (long)
 	@$(WORKFLOW) results/sweep/report/compare.html $(SNAKEMAKE) --configfile config/sweep.yaml $(ONE_THREAD) \

@@ -208,3 +208,6 @@ def test_the_built_in_splits_do_not_meet(root: Path) -> None:
     assert all(splits.values())
     for one, other in itertools.combinations(splits, 2):
         assert splits[one] & splits[other] == set(), f"{one} and {other} share photographs"
+    assert photographs(datasets["pristine"]["images"]) <= splits["base"] | splits["train"], (
+        "NIQE saw a val or held-out one"
+    )
