@@ -7,7 +7,7 @@ from dp2osr import metrics
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
-    from dp2osr.config import Config, RunSettings
+    from dp2osr.config import Config, PolicySettings, RunSettings, TrainSettings
 
 RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
 
@@ -15,6 +15,15 @@ RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
 def known(key: str, value: str, names: Mapping[str, Any] | set[str]) -> None:
     if value not in names:
         raise UserError(f"config: {key}: found '{value}', wanted one of {', '.join(sorted(names))}")
+
+
+def check_precision(key: str, train: "TrainSettings", policy: "PolicySettings") -> None:
+    """Half-precision networks are trained under mixed precision; `key` is where the settings of `train` stand."""
+    if train.precision == "no" and policy.sampling.dtype != "float32":
+        raise UserError(
+            f"config: {key}.precision: found 'no' with the policy's sampling.dtype '{policy.sampling.dtype}'; "
+            "wanted precision fp16 or bf16, or dtype float32"
+        )
 
 
 def check_references(config: "Config") -> None:
@@ -72,3 +81,4 @@ def _check_run(config: "Config", name: str, run: "RunSettings", models: set[str]
         run = config.runs[run.reference]
     if config.policies[run.reference].derive:
         raise UserError(f"config: runs.{name}.reference: '{run.reference}' is derived, wanted a policy with a model")
+    check_precision(f"runs.{name}.train", config.runs[name].train, config.policies[run.reference])

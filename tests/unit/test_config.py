@@ -211,3 +211,37 @@ def test_the_built_in_splits_do_not_meet(root: Path) -> None:
     assert photographs(datasets["pristine"]["images"]) <= splits["base"] | splits["train"], (
         "NIQE saw a val or held-out one"
     )
+
+
+def test_resshift_has_the_published_ranges(root: Path) -> None:
+    """The first-order ranges of the paper's degradation, method.md; the second order's stand in config.yaml."""
+    files = [root / "config" / name for name in ("config.yaml", "resshift.yaml")]
+    found = config.read(*files).datasets["train"].degradation
+    first, second, final = found.first, found.second, found.final
+    assert (first.blur.size, first.blur.pad_to, first.blur.sigma) == ((3, 19), 21, (0.2, 3.0))
+    assert (first.blur.probability, first.blur.sinc_probability) == (1.0, 0.1)
+    assert (first.resize.up, first.resize.down, first.resize.keep, first.resize.scale) == (0.2, 0.7, 0.1, (0.15, 1.5))
+    assert (first.noise.gaussian_sigma, first.noise.poisson_scale) == ((1.0, 30.0), (0.05, 3.0))
+    assert (first.noise.gaussian_probability, first.noise.grey_probability) == (0.5, 0.4)
+    assert first.jpeg_quality == final.jpeg_quality == (30, 95) and found.second_probability == 0
+    assert (final.sinc_probability, final.sinc_size) == (0.8, (3, 13))
+    assert (second.blur.probability, second.blur.size, second.blur.pad_to, second.blur.sigma) == (
+        0.8,
+        (3, 13),
+        15,
+        (0.2, 1.5),
+    )
+    assert (second.resize.up, second.resize.down, second.resize.keep, second.resize.scale) == (
+        0.3,
+        0.4,
+        0.3,
+        (0.3, 1.2),
+    )
+    assert (second.noise.gaussian_sigma, second.noise.poisson_scale) == ((1.0, 25.0), (0.05, 2.5))
+
+
+def test_half_precision_policy_with_plain_training(config_dict: dict[str, Any]) -> None:
+    config_dict["policy_defaults"]["sampling"]["dtype"] = "float16"
+    rejected(config_dict, "runs.default.train.precision", "wanted precision fp16 or bf16")
+    config_dict["run_defaults"]["train"]["precision"] = "bf16"
+    config.load(config_dict)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dp2osr import resume, stage, tables, versions
 from dp2osr.config import PolicySettings, RewardSettings, TrainSettings
+from dp2osr.config_checks import check_precision
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Strict
 
@@ -63,11 +64,7 @@ def make_accelerator(job: TrainJob, folder: Path, *, device: str) -> "Accelerato
     tracker = None if job.train.tracker == "none" else job.train.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
         raise UserError(f"config: train.tracker: {tracker} is not installed; install it or take none")
-    if job.train.precision == "no" and job.policy.sampling.dtype != "float32":
-        raise UserError(
-            f"config: train.precision: found 'no' with policy.sampling.dtype '{job.policy.sampling.dtype}'; "
-            "wanted precision fp16 or bf16, or dtype float32"
-        )
+    check_precision("train", job.train, job.policy)
     cpu = stage.device(device).type == "cpu"
     if cpu and job.train.precision == "fp16":
         raise UserError("config: train.precision: found 'fp16' on the CPU, wanted no or bf16")
