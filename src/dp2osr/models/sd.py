@@ -43,8 +43,8 @@ def load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
 class SharedConditioning(ControlNetConditioningEmbedding):
     """diffusers' embedding of the control image, computed once for neighbours in the batch that share theirs.
 
-    In training and rollouts the candidates of a group stand side by side; embedding the image for each was a third of
-    the tiny model's work. A class, for a function put into the module would not survive its deep copy.
+    In training and rollouts the candidates of a group stand side by side; embedding the image for each was a fifth of
+    the tiny model's forward pass. A class, for a function put into the module would not survive its deep copy.
     """
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
