@@ -1,16 +1,37 @@
 """The `degradation` section: from HR to LR, after ResShift."""
 
-from typing import Self
+from typing import Annotated, Self, TypeVar
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dp2osr.strict import Count, Probability, Strict
 
+Pair = TypeVar("Pair", tuple[int, int], tuple[float, float])
 
-def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+
+def _ordered(pair: Pair) -> Pair:
     if pair[0] > pair[1]:
         raise ValueError(f"a range is [low, high], found {list(pair)}")
     return pair
+
+
+def _odd(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] % 2 == 0 or pair[1] % 2 == 0:
+        raise ValueError(f"kernel sizes are odd, found {list(pair)}")
+    return pair
+
+
+def _check_padding(size: tuple[int, int], pad_to: int) -> None:
+    if pad_to % 2 == 0 or size[1] > pad_to:
+        raise ValueError(f"pad_to is odd and no less than the largest size {size[1]}, found {pad_to}")
+
+
+Positive = Annotated[float, Field(gt=0)]
+Quality = Annotated[int, Field(ge=1, le=100)]
+Span = Annotated[tuple[float, float], AfterValidator(_ordered)]
+PositiveSpan = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+QualitySpan = Annotated[tuple[Quality, Quality], AfterValidator(_ordered)]
+SizeSpan = Annotated[tuple[Count, Count], AfterValidator(_ordered), AfterValidator(_odd)]
 
 
 class KernelMix(Strict):
@@ -35,21 +56,18 @@ class BlurSettings(Strict):
     """Blur kernels: sizes in pixels (odd), sigmas in pixels, rotation in radians."""
 
     probability: Probability
-    size: tuple[int, int]
+    size: SizeSpan
     pad_to: Count
     sinc_probability: Probability
     mix: KernelMix
-    sigma: tuple[float, float]
-    rotation: tuple[float, float]
-    beta_generalized: tuple[float, float]
-    beta_plateau: tuple[float, float]
+    sigma: PositiveSpan
+    rotation: Span
+    beta_generalized: PositiveSpan
+    beta_plateau: PositiveSpan
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for pair in (self.size, self.sigma, self.rotation, self.beta_generalized, self.beta_plateau):
-            _ordered(pair)
-        if self.size[0] % 2 == 0 or self.size[1] % 2 == 0 or self.pad_to % 2 == 0 or self.size[1] > self.pad_to:
-            raise ValueError(f"blur sizes are odd and at most pad_to={self.pad_to}, found {list(self.size)}")
+        _check_padding(self.size, self.pad_to)
         return self
 
 
@@ -59,11 +77,10 @@ class ResizeSettings(Strict):
     up: Probability
     down: Probability
     keep: Probability
-    scale: tuple[float, float]
+    scale: PositiveSpan
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _ordered(self.scale)
         if abs(self.up + self.down + self.keep - 1) > 1e-9:
             raise ValueError(f"up + down + keep must be 1, found {self.up + self.down + self.keep}")
         return self
@@ -73,34 +90,44 @@ class NoiseSettings(Strict):
     """Gaussian sigma in 1/255 of the range, Poisson scale as in Real-ESRGAN."""
 
     gaussian_probability: Probability
-    gaussian_sigma: tuple[float, float]
-    poisson_scale: tuple[float, float]
+    gaussian_sigma: PositiveSpan
+    poisson_scale: PositiveSpan
     grey_probability: Probability
 
 
 class DegradationOrder(Strict):
-    """One blur, resize, noise, JPEG pass."""
+    """One pass of blur, resize and noise."""
 
     blur: BlurSettings
     resize: ResizeSettings
     noise: NoiseSettings
-    jpeg_quality: tuple[int, int]
+
+
+class FirstOrder(DegradationOrder):
+    """The first pass ends with JPEG; after the second, the JPEG of the final step is the next."""
+
+    jpeg_quality: QualitySpan
 
 
 class FinalSettings(Strict):
     """The last step: resize to HR/scale with an optional sinc filter, and JPEG, in a random order of the two."""
 
     sinc_probability: Probability
-    sinc_size: tuple[int, int]
+    sinc_size: SizeSpan
     pad_to: Count
-    jpeg_quality: tuple[int, int]
+    jpeg_quality: QualitySpan
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_padding(self.sinc_size, self.pad_to)
+        return self
 
 
 class DegradationSettings(Strict):
     """HR to LR: first order always, second order with its own probability, final always."""
 
     scale: Count
-    first: DegradationOrder
+    first: FirstOrder
     second_probability: Probability
     second: DegradationOrder
     final: FinalSettings

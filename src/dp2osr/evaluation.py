@@ -224,9 +224,7 @@ def _compare(
             "ci_low": ci_low,
             "ci_high": ci_high,
             "in_reward": [each not in METRICS or each in in_reward for each in statistics],
-            "higher_better": [
-                not METRICS[each].lower_better if each in METRICS else each != "std" for each in statistics
-            ],
+            "higher_better": [_higher_better(each) for each in statistics],
             "num_groups": (~unpaired).sum(axis=0).astype(np.int32),
             "num_photos": [len(np.unique(resamples.photo[~column])) for column in unpaired.T],
         }

@@ -1,7 +1,7 @@
 """One number a stage: raise it when the stage's results change, so that Snakemake runs it and what follows again."""
 
 INGEST = 1
-DEGRADE = 1
+DEGRADE = 2
 PROMPT = 1
 EMBED = 1
 ROLLOUT = 1

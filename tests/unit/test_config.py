@@ -245,3 +245,28 @@ def test_half_precision_policy_with_plain_training(config_dict: dict[str, Any]) 
     rejected(config_dict, "runs.default.train.precision", "wanted precision fp16 or bf16")
     config_dict["run_defaults"]["train"]["precision"] = "bf16"
     config.load(config_dict)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "wanted"),
+    [
+        (("first", "blur", "sigma"), [3.0, 0.2], "a range is [low, high]"),
+        (("first", "blur", "size"), [4, 8], "kernel sizes are odd"),
+        (("first", "blur", "pad_to"), 9, "no less than the largest size 11"),
+        (("first", "jpeg_quality"), [95, 30], "a range is [low, high]"),
+        (("final", "jpeg_quality"), [30, 101], "less than or equal to 100"),
+        (("second", "noise", "poisson_scale"), [0.0, 1.0], "greater than 0"),
+        (("second", "jpeg_quality"), [30, 95], "unknown key"),
+        (("final", "sinc_size"), [3, 23], "no less than the largest size 23"),
+    ],
+)
+def test_degradation_range_is_named(
+    config_dict: dict[str, Any], where: tuple[str, ...], value: Any, wanted: str
+) -> None:
+    section = config_dict["dataset_defaults"]["degradation"]
+    for part in where[:-1]:
+        section = section[part]
+    section[where[-1]] = value
+    with pytest.raises(UserError, match=f"degradation.{where[0]}") as found:
+        config.load(config_dict)
+    assert wanted in str(found.value)

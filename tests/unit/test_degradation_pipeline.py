@@ -104,6 +104,17 @@ def test_second_order_sizes_are_relative_to_the_lr_size(
     assert sizes == [(first, first), (second, second), (16, 16)]
 
 
+@pytest.mark.parametrize("changes", [{}, SECOND])
+def test_jpeg_ends_the_first_order_and_is_in_the_final_step(
+    config_dict: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    qualities: list[int] = []
+    jpeg = pipeline.ops.compress_jpeg
+    monkeypatch.setattr(pipeline.ops, "compress_jpeg", lambda i, quality: qualities.append(quality) or jpeg(i, quality))
+    (drawn,) = pipeline.degrade(batch(1), settings=settings_of(config_dict, **changes), seeds=[3])[1]
+    assert qualities == [drawn["first"]["jpeg_quality"], drawn["final"]["jpeg_quality"]]
+
+
 def test_final_order_decides_what_comes_last(config_dict: dict[str, Any]) -> None:
     """JPEG last: one more pass of the same quality changes nearly nothing; JPEG first: it does."""
     drawn = [pipeline.sample_parameters(settings_of(config_dict), 5)]

@@ -42,7 +42,8 @@ def sample_parameters(settings: DegradationSettings, seed: int) -> Parameters:
     return {
         "seed": seed,
         "scale": settings.scale,
-        "first": _sample_order(settings.first, rng),
+        "first": _sample_order(settings.first, rng)
+        | {"jpeg_quality": _sample_quality(settings.first.jpeg_quality, rng)},
         "second": _sample_order(settings.second, rng) if second else None,
         "final": _sample_final(settings.final, rng),
     }
@@ -53,7 +54,6 @@ def _sample_order(settings: DegradationOrder, rng: np.random.Generator) -> Param
         "blur": kernels.draw(rng, settings.blur),
         "resize": _sample_resize(settings.resize, rng),
         "noise": _sample_noise(settings.noise, rng),
-        "jpeg_quality": _sample_quality(settings.jpeg_quality, rng),
     }
 
 
@@ -119,21 +119,20 @@ def _apply_orders(
     image: torch.Tensor, drawn: Parameters, *, full: tuple[int, ...], small: tuple[int, int]
 ) -> torch.Tensor:
     """Resize, noise and JPEG of the first order (`image` is blurred already), then the second order where drawn."""
-    image = _resize_noise_jpeg(image, drawn["first"], base=full, seed=seeding.derive(drawn["seed"], "noise", 1))
+    image = _resize_noise(image, drawn["first"], base=full, seed=seeding.derive(drawn["seed"], "noise", 1))
+    image = ops.compress_jpeg(image, drawn["first"]["jpeg_quality"])
     if drawn["second"] is None:
         return image
     image = _blur(image[None], [drawn["second"]["blur"]])[0]
-    return _resize_noise_jpeg(image, drawn["second"], base=small, seed=seeding.derive(drawn["seed"], "noise", 2))
+    return _resize_noise(image, drawn["second"], base=small, seed=seeding.derive(drawn["seed"], "noise", 2))
 
 
-def _resize_noise_jpeg(image: torch.Tensor, order: Parameters, *, base: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Resize to `base` (height, width) times the drawn factor, add noise, compress."""
+def _resize_noise(image: torch.Tensor, order: Parameters, *, base: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Resize to `base` (height, width) times the drawn factor, add noise."""
     factor, noise = order["resize"]["factor"], order["noise"]
     size = max(1, int(base[0] * factor)), max(1, int(base[1] * factor))
     image = ops.resize(image, size, order["resize"]["mode"])
     rng = np.random.default_rng(seed)
     if noise["kind"] == "gaussian":
-        image = ops.add_gaussian_noise(image, noise["sigma"], grey=noise["grey"], rng=rng)
-    else:
-        image = ops.add_poisson_noise(image, noise["scale"], grey=noise["grey"], rng=rng)
-    return ops.compress_jpeg(image, order["jpeg_quality"])
+        return ops.add_gaussian_noise(image, noise["sigma"], grey=noise["grey"], rng=rng)
+    return ops.add_poisson_noise(image, noise["scale"], grey=noise["grey"], rng=rng)
