@@ -11,7 +11,7 @@ STAMP := .venv/.installed-$(shell cat $(PINS) | cksum | tr ' ' -)
 PY := .venv/bin/python
 WORKFLOW := .ci/workflow
 SNAKEMAKE := --cores $(CORES)
-ONE_THREAD := --set-threads train=1 rollout=1 score=1 encode=1  # many runs: a job a core beats two cores a job
+ONE_THREAD := --set-threads train=1 rollout=1  # many runs: a job a core beats two cores a job
 
 # Each job is a process that imports torch and diffusers: compiled anew every time, that is half a job's time here.
 unexport PYTHONDONTWRITEBYTECODE

@@ -41,6 +41,8 @@ uv=(.venv/bin/uv pip install --python .venv/bin/python)
 # --no-deps: the pins are complete, and leave out one package on purpose (docs/install.md)
 "${uv[@]}" --no-deps --require-hashes -r envs/requirements.txt
 "${uv[@]}" --no-deps --no-build-isolation --quiet -e .
+# Each job imports these; compiled here, not by the first two jobs at once
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import accelerate, pyiqa, dp2osr.models.sd' >/dev/null
 rm -f .venv/.installed-*
 touch "$stamp"
 echo "environment: ready in .venv after $SECONDS s"

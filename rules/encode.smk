@@ -19,7 +19,7 @@ rule encode:
         f"{R}/logs/runs/{{run}}/encode/shard-{{shard}}.log",
     benchmark:
         f"{R}/benchmarks/runs/{{run}}/encode/shard-{{shard}}.tsv"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=lambda wildcards, attempt: 60 * attempt,

@@ -25,7 +25,7 @@ rule score:
         f"{R}/logs/{{dataset}}/{{policy}}/score/{{metrics}}/shard-{{shard}}.block-{{block}}.log",
     benchmark:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/score/{{metrics}}/shard-{{shard}}.block-{{block}}.tsv"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=lambda wildcards, attempt: 120 * attempt,
