@@ -16,10 +16,10 @@ ONE_THREAD := --set-threads train=1 rollout=1  # many runs: a job a core beats t
 # Each job is a process that imports torch and diffusers: compiled anew every time, that is half a job's time here.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo study sweep base test lint format unlock pins clean
+.PHONY: help env demo demo-flow study sweep base test cluster lint format unlock cancel pins clean
 
 help: ## show the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 env: $(STAMP) ## set up .venv with the pinned packages
 
@@ -28,6 +28,10 @@ $(STAMP): | $(PINS)
 
 demo: env ## images to report with the embedded model (results/runs/default/report/index.html)
 	@$(WORKFLOW) results/runs/default/report/index.html $(SNAKEMAKE)
+
+demo-flow: env ## the same with the embedded flow model (results/tiny-flow/runs/default/report/index.html)
+	@$(WORKFLOW) results/tiny-flow/runs/default/report/index.html $(SNAKEMAKE) --configfile config/tiny-flow.yaml \
+	    -- results/tiny-flow/runs/default/report/index.html
 
 study: env ## a second training seed and the controls, compared on one page
 	@$(WORKFLOW) results/report/compare.html $(SNAKEMAKE) --configfile config/study.yaml $(ONE_THREAD) -- figures
@@ -42,6 +46,9 @@ base: env ## train the embedded model again from images (long)
 test: env ## all tests that need no GPU
 	@start=$$SECONDS; $(PY) -m pytest -q; echo "tests passed in $$((SECONDS - start)) s"
 
+cluster: env ## the workflow through a private SLURM on this machine, and what breaks there (root; else skipped)
+	@start=$$SECONDS; $(PY) -m pytest -q tests/cluster; echo "cluster tests passed in $$((SECONDS - start)) s"
+
 lint: env ## ruff, snakefmt, mypy, snakemake --lint
 	@.ci/lint
 
@@ -50,6 +57,9 @@ format: env ## format Python and Snakemake files
 
 unlock: env ## remove the lock that a killed Snakemake left
 	@$(PY) -m snakemake --unlock
+
+cancel: ## end the SLURM jobs that a killed Snakemake left running in this folder
+	@.ci/cancel
 
 pins: env ## resolve the pinned versions again (UPGRADE=1: newest)
 	@envs/compile.sh

@@ -1,9 +1,28 @@
 import json
+import math
 import shlex
 import sys
 
+from dp2osr import weights
+from dp2osr.plan import images_a_step
+
+
+def weights_exports():
+    """Every job takes weights from the cache folder, and its errors name the command that fills it."""
+    if not cfg.weights:
+        return ""
+    files = shlex.join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml"
+    values = {
+        weights.VARIABLE: str(Path(cfg.weights).absolute()),
+        weights.CONFIGFILES: files,
+    }
+    return "".join(f" {name}={shlex.quote(value)}" for name, value in values.items())
+
+
 # `python` in the rules is the one that runs Snakemake, whether or not its environment is activated.
-shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+shell.prefix(
+    f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH{weights_exports()}; "
+)
 
 
 wildcard_constraints:
@@ -14,6 +33,24 @@ wildcard_constraints:
     metrics="|".join(cfg.iqa.groups),
     shard=r"\d{4}",
     block=r"\d{3}",
+
+
+# Each job that takes `device` asks for one GPU, unless the config says that all run on the CPU. Locally this is a mere
+# number: it bounds the jobs at a time where a profile says how many GPUs there are.
+num_gpus = 0 if cfg.device == "cpu" else 1
+
+images_per_block = cfg.limits.images_per_shard * cfg.rollout.rollouts_per_block
+
+
+def growing(amount):
+    """A resource of which each try asks for as much again: memory, or minutes of a job whose work is not known."""
+    return lambda wildcards, attempt: amount * attempt
+
+
+def time_limit(seconds, attempt):
+    """Minutes for a job that works for some seconds; each try asks for as much again, as far as the cluster goes."""
+    minutes = cfg.limits.start_min + math.ceil(seconds / 60)
+    return min(minutes * attempt, cfg.limits.longest_min)
 
 
 def params_json(section):
@@ -33,11 +70,18 @@ def blocks(dataset):
 
 
 def control_input(policy):
-    """The control weights as a workflow input; those that ship with the package are no input."""
+    """The control weights as a workflow input; those of the package or of the weights cache are no input."""
     if policy in cfg.runs:
         return [f"{R}/runs/{policy}/policy"]
     path = cfg.policies[policy].control
-    return [] if path.startswith("builtin:") else [path]
+    return [] if path.startswith(("builtin:", "hub:")) else [path]
+
+
+def model_input(policy):
+    """A file that every given model has: with a wrong path the run stops before its first job."""
+    path = cfg.policy(policy).model
+    found = [] if path.startswith(("builtin:", "hub:")) else [path]
+    return [f"{folder}/scheduler/scheduler_config.json" for folder in found]
 
 
 def control_arg(policy):

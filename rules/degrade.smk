@@ -9,8 +9,9 @@ rule degrade:
         f"{R}/benchmarks/{{dataset}}/degrade-{{shard}}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=120,  # minutes
+        mem_mb=growing(4000),
+        runtime=growing(120),  # minutes
+        gpu=num_gpus,
         device=cfg.device,
     params:
         config=lambda wildcards: params_json(

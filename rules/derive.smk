@@ -38,8 +38,8 @@ rule derive:
     wildcard_constraints:
         policy="|".join(derived_policies) or "(?!)",
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
     params:
         config=derive_job,
         version=versions.DERIVE,

@@ -8,6 +8,11 @@ def encode_candidates(wildcards):
     )
 
 
+def encode_images(wildcards):
+    """The selected candidates of a shard, at most."""
+    return cfg.limits.images_per_shard * 2 * cfg.runs[wildcards.run].pairs.top
+
+
 rule encode:
     input:
         pairs=f"{R}/runs/{{run}}/pairs.parquet",
@@ -21,9 +26,12 @@ rule encode:
         f"{R}/benchmarks/runs/{{run}}/encode/shard-{{shard}}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        mem_mb=growing(8000),
+        runtime=lambda wildcards, attempt: time_limit(
+            encode_images(wildcards) * cfg.limits.encode, attempt
+        ),
         batch_size=cfg.rollout.batch_size,
+        gpu=num_gpus,
         device=cfg.device,
     params:
         config=lambda wildcards: params_json(

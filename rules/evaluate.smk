@@ -37,8 +37,8 @@ rule evaluate:
     benchmark:
         f"{R}/benchmarks/runs/{{run}}/evaluate/{{dataset}}.tsv"
     resources:
-        mem_mb=4000,
-        runtime=10,
+        mem_mb=growing(4000),
+        runtime=growing(10),
     params:
         policies=lambda wildcards: [
             f"{name}={path}" for name, path in evaluated_rewards(wildcards).items()

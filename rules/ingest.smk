@@ -14,8 +14,8 @@ rule ingest:
         f"{R}/benchmarks/{{dataset}}/ingest.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=120,  # minutes
+        mem_mb=growing(4000),
+        runtime=growing(120),  # minutes
     params:
         config=lambda wildcards: params_json(
             cfg.datasets[wildcards.dataset].model_dump(

@@ -12,8 +12,8 @@ rule niqe:
     benchmark:
         f"{R}/benchmarks/{{dataset}}/niqe.tsv"
     resources:
-        mem_mb=4000,
-        runtime=120,
+        mem_mb=growing(4000),
+        runtime=growing(120),
     params:
         config=params_json(cfg.iqa.niqe),
         version=versions.NIQE,

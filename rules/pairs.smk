@@ -13,8 +13,8 @@ rule select_pairs:
     benchmark:
         f"{R}/benchmarks/runs/{{run}}/pairs.tsv"
     resources:
-        mem_mb=4000,
-        runtime=10,
+        mem_mb=growing(4000),
+        runtime=growing(10),
     params:
         config=lambda wildcards: params_json(
             {

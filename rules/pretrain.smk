@@ -11,13 +11,15 @@ rule pretrain:
         f"{R}/benchmarks/pretrain.tsv"
     threads: 2
     resources:
-        mem_mb=16000,
-        runtime=600,
+        mem_mb=growing(16000),
+        runtime=growing(480),
+        gpu=num_gpus,
         device=cfg.device,
     params:
         config=params_json(
             {
                 "pretrain": cfg.pretrain.model_dump(),
+                "policy": cfg.policy(cfg.pretrain.policy).model_dump(),
                 "dataset": cfg.datasets[cfg.pretrain.dataset].model_dump(),
                 "seed": cfg.seed,
             }

@@ -43,8 +43,8 @@ rule prune_candidates:
     benchmark:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/prune.tsv"
     resources:
-        mem_mb=2000,
-        runtime=120,
+        mem_mb=growing(2000),
+        runtime=growing(120),
     shell:
         "python -m dp2osr.stages.prune --pairs {input.pairs} --candidates {input.candidates}"
         " --summary {output.summary} 2> {log}"

@@ -87,8 +87,8 @@ rule report:
         f"{R}/benchmarks/runs/{{run}}/report.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=30,  # minutes; reads every candidate shard of the test sets once
+        mem_mb=growing(4000),
+        runtime=growing(30),  # minutes; reads every candidate shard of the test sets once
     params:
         named=lambda wildcards, input: " ".join(
             named(option.replace("_", "-"), wildcards, getattr(input, option))
@@ -146,8 +146,8 @@ rule compare:
         f"{R}/benchmarks/compare.tsv"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=15,  # minutes
+        mem_mb=growing(2000),
+        runtime=growing(15),  # minutes
     params:
         named=" ".join(
             " ".join(

@@ -40,8 +40,8 @@ rule reward:
     benchmark:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/reward/{{reward}}.tsv"
     resources:
-        mem_mb=4000,
-        runtime=10,
+        mem_mb=growing(4000),
+        runtime=growing(10),
     params:
         scores=f"{R}/{{dataset}}/{{policy}}/scores",
         config=lambda wildcards: params_json(reward_job(wildcards)),

@@ -33,6 +33,7 @@ sampled_policies = [
 rule embed:
     input:
         prompts=f"{R}/{{dataset}}/prompts/shard-{{shard}}.parquet",
+        model=lambda wildcards: model_input(wildcards.policy),
     output:
         embeddings=f"{R}/{{dataset}}/{{policy}}/embeddings/shard-{{shard}}.safetensors",
     log:
@@ -40,8 +41,9 @@ rule embed:
     benchmark:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/embed/shard-{{shard}}.tsv"
     resources:
-        mem_mb=8000,
-        runtime=30,
+        mem_mb=growing(8000),
+        runtime=growing(30),
+        gpu=num_gpus,
         device=cfg.device,
     params:
         config=lambda wildcards: params_json(cfg.policy(wildcards.policy)),
@@ -57,6 +59,7 @@ rule rollout:
         lr=f"{R}/{{dataset}}/lr/shard-{{shard}}.tar",
         embeddings=rollout_embeddings,
         control=lambda wildcards: control_input(wildcards.policy),
+        model=lambda wildcards: model_input(wildcards.policy),
     output:
         candidates=f"{R}/{{dataset}}/{{policy}}/candidates/shard-{{shard}}.block-{{block}}.tar",
     log:
@@ -67,9 +70,15 @@ rule rollout:
         policy="|".join(sampled_policies),
     threads: 2
     resources:
-        mem_mb=16000,
-        runtime=lambda wildcards, attempt: 120 * attempt,
+        mem_mb=growing(16000),
+        runtime=lambda wildcards, attempt: time_limit(
+            images_per_block
+            * cfg.policy(wildcards.policy).sampling.steps
+            * cfg.limits.rollout,
+            attempt,
+        ),
         batch_size=cfg.rollout.batch_size,
+        gpu=num_gpus,
         device=cfg.device,
     params:
         config=rollout_job,

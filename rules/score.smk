@@ -27,9 +27,12 @@ rule score:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/score/{{metrics}}/shard-{{shard}}.block-{{block}}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,
-        runtime=lambda wildcards, attempt: 120 * attempt,
+        mem_mb=growing(8000),
+        runtime=lambda wildcards, attempt: time_limit(
+            images_per_block * cfg.limits.score, attempt
+        ),
         batch_size=cfg.iqa.batch_size,
+        gpu=num_gpus,
         device=cfg.device,
     params:
         config=score_job,

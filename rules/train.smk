@@ -43,6 +43,12 @@ def train_job(wildcards):
     )
 
 
+def train_images(wildcards):
+    """The images that pass through the policy in all steps of a run."""
+    run = cfg.runs[wildcards.run]
+    return run.train.steps * images_a_step(run)
+
+
 # Checkpoints lie beside the policy, undeclared: Snakemake keeps them when the job fails, and the next try goes on.
 rule train:
     input:
@@ -66,8 +72,11 @@ rule train:
         f"{R}/benchmarks/runs/{{run}}/train.tsv"
     threads: 2
     resources:
-        mem_mb=16000,
-        runtime=lambda wildcards, attempt: 720 * attempt,
+        mem_mb=growing(16000),
+        runtime=lambda wildcards, attempt: time_limit(
+            train_images(wildcards) * cfg.limits.train, attempt
+        ),
+        gpu=num_gpus,
         device=cfg.device,
         scoring_batch=cfg.iqa.batch_size,
     params:

@@ -55,6 +55,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the like in FLUX's layout."""
+    import torch
+
+    import tiny
+
+    torch.set_num_threads(1)
+    return tiny.build_flux(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@pytest.fixture(scope="session")
 def smallest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Workflow":
     """Return the workflow of tests/data/smallest.yaml, run once from images to report for all tests."""
     import workflow_rig

@@ -1,6 +1,7 @@
-"""A random model of a few thousand weights in diffusers' layout: it shows that code runs, not that images get better.
+"""Random models of a few thousand weights in diffusers' layout: they show that code runs, not that images get better.
 
-`build(folder)` writes vae, unet, controlnet, text_encoder, tokenizer and scheduler; the same bytes each time.
+`build(folder)` writes one in the style of Stable Diffusion, `build_flux(folder)` one in the style of FLUX.1-dev; the
+same bytes each time.
 """
 
 import json
@@ -16,19 +17,11 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def build(folder: Path, *, seed: int = 0) -> Path:
     """Write the model to `folder` and return it: VAE of factor 2, UNet and ControlNet of two levels, one text layer."""
-    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+    from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=LATENT_CHANNELS,
-            norm_num_groups=4,
-            sample_size=16,
-        )
+        vae = _vae()
         unet = UNet2DConditionModel(
             sample_size=16,
             in_channels=LATENT_CHANNELS,
@@ -57,6 +50,63 @@ def build(folder: Path, *, seed: int = 0) -> Path:
     write_tokenizer(folder / "tokenizer")
     write_index(folder)
     return folder
+
+
+def build_flux(folder: Path, *, seed: int = 0) -> Path:
+    """Write the model to `folder` and return it: 2 double and 2 single blocks, guidance as an input."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
+
+    from dp2osr.models import build_flux as tokenizers
+
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = _vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=2,
+            num_single_layers=2,
+            joint_attention_dim=CROSS_ATTENTION,
+            pooled_projection_dim=CROSS_ATTENTION,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+            **heads,
+        )
+        control = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
+        for name, parameter in control.named_parameters():
+            if name.startswith(("controlnet_blocks", "controlnet_single_blocks", "controlnet_x_embedder")):
+                torch.nn.init.normal_(parameter, std=0.05)
+        text_encoder, text_encoder_2 = _text_encoder(), _t5_encoder()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    parts: dict[str, Any] = {"vae": vae, "transformer": transformer, "controlnet": control, "scheduler": scheduler}
+    parts |= {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    parts["tokenizer_2"] = tokenizers.t5_tokenizer(length=512)
+    for part, module in parts.items():
+        module.save_pretrained(folder / part)
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def _vae(**changes: Any) -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=16,
+        **changes,
+    )
+
+
+def _t5_encoder() -> torch.nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    shape = {"d_model": CROSS_ATTENTION, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=98, feed_forward_proj="gated-gelu", **shape))
 
 
 def _text_encoder() -> torch.nn.Module:

@@ -86,4 +86,9 @@ def make_backend(model: Path) -> Backend:
 def make_feed(paths: dict[str, Path], backend: Backend) -> Feed:
     """Return the source of training images of `write_files`."""
     pack = Pack([paths["shard-0.tar"], paths["shard-1.tar"]])
-    return Feed(pack=pack, embeddings=read_embeddings(paths["embeddings.safetensors"])[0], backend=backend)
+    return Feed(
+        pack=pack,
+        embeddings=read_embeddings(paths["embeddings.safetensors"])[0],
+        backend=backend,
+        timestep_density="uniform",
+    )

@@ -1,7 +1,10 @@
-"""The `dp2osr` command: restore photographs with a policy, and look into the tables of a run."""
+"""The `dp2osr` command: restore photographs with a policy, look into the tables of a run, fetch weights."""
 
 import argparse
+import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +26,10 @@ def dispatch(argv: Sequence[str] | None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_upscale(commands.add_parser("upscale", help="restore and enlarge photographs of any size"))
     add_show(commands.add_parser("show", help="summarise any of the project's parquet tables"))
+    add_export(commands.add_parser("export", help="write a tuned policy's weights as one bare state dict"))
+    add_fetch(commands.add_parser("fetch-weights", help="bring or check everything that a config needs from a hub"))
+    add_plan(commands.add_parser("plan", help="jobs, hours, disk and GPU memory of a config, before anything runs"))
+    add_status(commands.add_parser("status", help="how far a run is, from its results folder, while it runs or after"))
     args = stage.parse_args(parser, argv)
     args.run(args)
 
@@ -111,6 +118,120 @@ def run_show(args: argparse.Namespace) -> None:
 
     for path in args.tables:
         sys.stdout.write(summarise(path).rstrip("\n") + "\n")
+
+
+def add_fetch(parser: argparse.ArgumentParser) -> None:
+    """Declare `dp2osr fetch-weights`."""
+    parser.add_argument(
+        "--configfile", nargs="*", default=[], type=Path, metavar="YAML", help="overlays on config/config.yaml"
+    )
+    parser.add_argument("--cache", type=Path, help="cache folder, where it is not the config's `weights`")
+    parser.add_argument("--check", action="store_true", help="verify the cache against its manifest, fetch nothing")
+    parser.add_argument("--quick", action="store_true", help="with --check: sizes only, no sha256")
+    parser.add_argument("--offline", action="store_true", help="use no network: record a cache that was filled by hand")
+    parser.set_defaults(run=run_fetch)
+
+
+def run_fetch(args: argparse.Namespace) -> None:
+    """Fetch or verify what the config needs."""
+    from dp2osr import fetch, weights
+
+    os.environ.setdefault(weights.CONFIGFILES, shlex.join(map(str, args.configfile)) or "config/config.yaml")
+    settings = config.read("config/config.yaml", *args.configfile)
+    if not (folder := args.cache or weights.in_use() or settings.weights):
+        raise UserError("fetch-weights: no cache folder; wanted --cache FOLDER or the config's `weights`")
+    items, cache = weights.needs(settings), Path(folder).expanduser().resolve()
+    if args.check:
+        fetch.verify(items, cache, sizes_only=args.quick)
+    else:
+        fetch.fetch(items, cache, offline=args.offline)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Declare `dp2osr export`."""
+    parser.add_argument("policy", type=Path, help="folder of a tuned policy or control branch")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file, such as model.safetensors")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the bare state dict."""
+    from dp2osr.export import export
+
+    export(args.policy, args.out, dtype=args.dtype)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Declare `dp2osr plan`."""
+    parser.add_argument("--config", type=Path, default=Path("config/config.yaml"), help="where all settings stand")
+    parser.add_argument("--configfile", nargs="+", type=Path, default=[], metavar="YAML", help="overlays, in order")
+    for name, metavar, text in (
+        ("--images", "NAME=N", "images of a data set, where they are not counted or another number is meant"),
+        ("--seconds", "STAGE=S", "seconds of one image on one GPU, instead of measured ones"),
+    ):
+        parser.add_argument(name, nargs="+", action="extend", default=[], type=named_number, metavar=metavar, help=text)
+    parser.add_argument("--architecture", default="", help="sd2-base or flux-dev, where the model folder is not here")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=run_plan)
+
+
+def named_number(text: str) -> tuple[str, float]:
+    """Parse NAME=NUMBER, the number above 0."""
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not name or not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found '{text}', wanted NAME=NUMBER, the number above 0")
+    return name, value
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Print what a config asks for."""
+    from dp2osr import plan_report
+
+    settings = config.read(args.config, *args.configfile)
+    images = {name: int(count) for name, count in args.images}
+    options = {"seconds": dict(args.seconds), "architecture": args.architecture}
+    title = plan_report.title(args.config, args.configfile, settings.results)
+    found = plan_report.make(settings, title=title, images=images, **options)
+    sys.stdout.write(plan_report.as_json(found) if args.json else plan_report.text(found))
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    """Declare `dp2osr status`."""
+    parser.add_argument("results", nargs="?", type=Path, help="the folder, where it is not the config's `results`")
+    parser.add_argument("--config", type=Path, default=Path("config/config.yaml"), help="where all settings stand")
+    parser.add_argument("--configfile", nargs="+", type=Path, default=[], metavar="YAML", help="overlays of the run")
+    parser.add_argument(
+        "--stale", type=positive, default=15, metavar="MINUTES", help="silence after which a job counts as dead"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=run_status)
+
+
+def run_status(args: argparse.Namespace) -> None:
+    """Print how far a run is; without a config that fits the folder, all but what is left."""
+    from dp2osr import status_files, status_report
+
+    results, settings = status_plan(args)
+    if settings is None and not results.is_dir():
+        raise UserError(f"results folder {results}: not found")
+    plan_of = " + ".join(map(str, (args.config, *args.configfile)))
+    found = status_files.look(results, settings, plan_of=plan_of, now=time.time(), stale_s=60 * args.stale)
+    sys.stdout.write(status_report.as_json(found) if args.json else status_report.text(found, stale_min=args.stale))
+
+
+def status_plan(args: argparse.Namespace) -> tuple[Path, config.Config | None]:
+    """Return the results folder and the config that filled it; None where none is named and the default has another."""
+    if args.results and not args.configfile and not args.config.is_file():
+        return args.results, None
+    settings = config.read(args.config, *args.configfile)
+    results = args.results or Path(settings.results)
+    fits = args.configfile or results.resolve() == Path(settings.results).resolve()
+    return results, settings if fits else None
 
 
 if __name__ == "__main__":

@@ -17,12 +17,35 @@ from dp2osr.errors import UserError
 from dp2osr.strict import Count, Name, Probability, Strict, parse
 
 
-class PromptSettings(Strict):
-    """Where prompts come from: `none` is the empty prompt, `text` one fixed prompt, `table` a file keyed by image."""
+class TagSettings(Strict):
+    """The paper's prompts, tags of the LR image by RAM with DAPE's weights: paths of files, and a threshold."""
 
-    source: Literal["none", "text", "table"]
+    ram: str
+    dape: str
+    tag_list: str
+    thresholds: str
+    threshold: Probability
+
+
+class CaptionSettings(Strict):
+    """Prompts by an image-to-text model of transformers in the folder `model`."""
+
+    model: str
+    question: str
+    max_tokens: Count
+
+
+class PromptSettings(Strict):
+    """Where prompts come from: `none` is the empty prompt, `text` one fixed prompt, `table` a file keyed by image.
+
+    `tags` and `caption` are made from each LR image, by the models of the sections of these names.
+    """
+
+    source: Literal["none", "text", "table", "tags", "caption"]
     text: str
     table: str
+    tags: TagSettings
+    caption: CaptionSettings
 
 
 class DatasetSettings(Strict):
@@ -54,7 +77,9 @@ class SamplingSettings(Strict):
     scheduler: str
     steps: Count
     guidance: Annotated[float, Field(ge=1)]
+    true_guidance: Annotated[float, Field(ge=1)]
     negative_prompt: str
+    text_tokens: Count
     colour_fix: Literal["adain", "wavelet", "none"]
     dtype: Literal["float32", "float16", "bfloat16"]
     vae_dtype: Literal["float32", "float16", "bfloat16"]
@@ -63,9 +88,10 @@ class SamplingSettings(Strict):
 class PolicySettings(Strict):
     """A model given from outside, or (with `derive`) a control made from another policy's candidates."""
 
-    backend: Literal["sd"]
+    backend: Literal["sd", "flux"]
     model: str
     control: str
+    native_size: Annotated[int, Field(ge=0)]
     sampling: SamplingSettings
     derive: Literal["", "blur", "mean", "bicubic"]
     derive_from: str
@@ -142,6 +168,7 @@ class TrainSettings(Strict):
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
+    timestep_density: Literal["uniform", "logit_normal"]
     optimizer: Literal["adamw", "adamw8bit"]
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     precision: Literal["no", "fp16", "bf16"]
@@ -165,6 +192,18 @@ class RunSettings(Strict):
     seed: int
 
 
+class LimitSettings(Strict):
+    """What the time limits of a cluster's jobs are computed from; no result depends on it."""
+
+    images_per_shard: Count
+    start_min: Count
+    longest_min: Count
+    rollout: Annotated[float, Field(gt=0)]
+    score: Annotated[float, Field(gt=0)]
+    encode: Annotated[float, Field(gt=0)]
+    train: Annotated[float, Field(gt=0)]
+
+
 class EvaluateSettings(Strict):
     """Paired bootstrap over source photographs."""
 
@@ -180,8 +219,19 @@ class ReportSettings(Strict):
     compare: list[str]
 
 
+class TransformerSettings(Strict):
+    """Shape of the tiny FLUX-style transformer: double and single blocks, and those that the control branch copies."""
+
+    heads: Count
+    head_dim: Annotated[int, Field(ge=8, multiple_of=8)]
+    layers: Count
+    single_layers: Annotated[int, Field(ge=0)]
+    control_layers: Count
+    control_single_layers: Annotated[int, Field(ge=0)]
+
+
 class ArchitectureSettings(Strict):
-    """Widths of the tiny SD-style networks that `pretrain` builds in diffusers' layout.
+    """Widths of the tiny networks that `pretrain` builds in diffusers' layout, in the style of its policy's backend.
 
     The VAE starts by carrying colours, which takes six channels and three latents; the UNet normalises eight groups.
     """
@@ -193,6 +243,7 @@ class ArchitectureSettings(Strict):
     conditioning_channels: Annotated[list[Count], Field(min_length=1)]
     text_width: Annotated[int, Field(ge=2, multiple_of=2)]
     prediction_type: Literal["epsilon", "v_prediction"]
+    transformer: TransformerSettings
 
 
 class PhaseSettings(Strict):
@@ -206,11 +257,16 @@ class PhaseSettings(Strict):
 
 
 class PretrainSettings(Strict):
-    """Training of the embedded base from HR images; a given `backbone` stays frozen, only a control branch learns."""
+    """Training of a tiny base from HR images, for the backend of `policy`.
+
+    A given `backbone` stays frozen, and only a control branch learns; of a given `autoencoder` the VAE is kept.
+    """
 
     dataset: str
+    policy: str
     output: str
     backbone: str
+    autoencoder: str
     pool_size: Count
     procedural_share: Probability
     architecture: ArchitectureSettings
@@ -223,6 +279,12 @@ class PretrainSettings(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        shape = self.architecture.transformer
+        for name in ("layers", "single_layers"):
+            if getattr(shape, f"control_{name}") > getattr(shape, name):
+                raise ValueError(
+                    f"architecture.transformer.control_{name}: wanted at most the {getattr(shape, name)} of {name}"
+                )
         halved, wanted = len(self.architecture.conditioning_channels), len(self.architecture.vae_channels)
         if not self.backbone and halved != wanted:
             raise ValueError(
@@ -235,6 +297,7 @@ class Config(Strict):
     """Everything. `root_policy` and friends answer the questions that the rules ask."""
 
     results: str
+    weights: str
     seed: int
     device: Literal["auto", "cpu", "cuda"]
     datasets: dict[Name, DatasetSettings]
@@ -243,6 +306,7 @@ class Config(Strict):
     iqa: IqaSettings
     rewards: dict[Name, RewardSettings]
     runs: dict[Name, RunSettings]
+    limits: LimitSettings
     evaluate: EvaluateSettings
     report: ReportSettings
     pretrain: PretrainSettings

@@ -1,15 +1,23 @@
 """What one section of the configuration says of another: names exist, N fits M, metrics are scored, no circles."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp2osr import metrics
+from dp2osr import metrics, weights
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
-    from dp2osr.config import Config, PolicySettings, RunSettings, TrainSettings
+    from dp2osr.config import Config, PolicySettings, PromptSettings, RunSettings, TrainSettings
 
 RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
+PROMPT_FILES = {
+    "tags.ram": "RAM's weights (ram_swin_large_14m.pth)",
+    "tags.dape": "DAPE's weights (DAPE.pth), or an empty one",
+    "tags.tag_list": "RAM's list of tags (ram_tag_list.txt)",
+    "tags.thresholds": "a file with a threshold a tag (ram_tag_list_threshold.txt), or an empty one",
+    "caption.model": "the folder of an image-to-text model of transformers",
+}
 
 
 def known(key: str, value: str, names: Mapping[str, Any] | set[str]) -> None:
@@ -29,9 +37,10 @@ def check_precision(key: str, train: "TrainSettings", policy: "PolicySettings") 
 def check_references(config: "Config") -> None:
     """Check what one section says of another: names exist, N fits M, metrics are scored, no circles."""
     models = {*config.policies, *config.runs}
-    for name in config.datasets:
+    for name, dataset in config.datasets.items():
         if name in RESERVED:
             raise UserError(f"config: datasets.{name}: the results tree uses this name itself; wanted another")
+        _check_prompt(f"datasets.{name}.prompt", dataset.prompt)
     if twice := set(config.policies) & set(config.runs):
         raise UserError(f"config: runs.{sorted(twice)[0]}: a policy has the same name")
     for group, members in config.iqa.groups.items():
@@ -45,11 +54,40 @@ def check_references(config: "Config") -> None:
                 known(f"rewards.{name}.{side} (metrics in iqa.groups)", metric, scored)
     known("iqa.niqe.dataset", config.iqa.niqe.dataset, config.datasets)
     known("pretrain.dataset", config.pretrain.dataset, config.datasets)
+    known("pretrain.policy", config.pretrain.policy, config.policies)
     for name, policy in config.policies.items():
+        if policy.backend == "sd" and policy.sampling.true_guidance > 1:
+            raise UserError(
+                f"config: policies.{name}.sampling.true_guidance: found {policy.sampling.true_guidance:g}, wanted 1 "
+                "for backend sd, whose classifier-free guidance is sampling.guidance"
+            )
         if policy.derive:
             known(f"policies.{name}.derive_from", policy.derive_from, models)
     for name, run in config.runs.items():
         _check_run(config, name, run, models)
+    weights.needs(config)  # stops at a `hub:` name that is none
+
+
+def prompt_files(prompt: "PromptSettings") -> dict[str, str]:
+    """Return the paths of the model that describes a data set's images, by their keys; some may be empty."""
+    if prompt.source == "tags":
+        return {f"tags.{name}": getattr(prompt.tags, name) for name in ("ram", "dape", "tag_list", "thresholds")}
+    return {"caption.model": prompt.caption.model} if prompt.source == "caption" else {}
+
+
+def _check_prompt(key: str, prompt: "PromptSettings") -> None:
+    for part, path in prompt_files(prompt).items():
+        if not path and "or an empty one" not in PROMPT_FILES[part]:
+            raise UserError(f"config: {key}.{part}: found '', wanted {PROMPT_FILES[part]}")
+
+
+def check_prompt_files(config: "Config") -> None:
+    """Check that the files of models that describe images are there: for a workflow, not where it is only planned."""
+    for name, dataset in config.datasets.items():
+        for part, path in prompt_files(dataset.prompt).items():
+            if path and not path.startswith("hub:") and not Path(path).exists():
+                key = f"datasets.{name}.prompt.{part}"
+                raise UserError(f"config: {key}: '{path}' does not exist, wanted {PROMPT_FILES[part]}")
 
 
 def _check_run(config: "Config", name: str, run: "RunSettings", models: set[str]) -> None:

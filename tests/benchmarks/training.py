@@ -58,7 +58,12 @@ def random_feed(backend: Backend, groups: list[str], args: argparse.Namespace, f
         samples.append((group, {FIELD: data}))
     shards.write_shard(folder / "encoded.tar", samples)
     prompt = {name: tensor[0] for name, tensor in backend.embed_prompts([""]).items()}
-    return Feed(pack=Pack([folder / "encoded.tar"]), embeddings=dict.fromkeys(groups, prompt), backend=backend)
+    return Feed(
+        pack=Pack([folder / "encoded.tar"]),
+        embeddings=dict.fromkeys(groups, prompt),
+        backend=backend,
+        timestep_density="uniform",
+    )
 
 
 def all_pairs(groups: list[str], top: int) -> pd.DataFrame:

@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import tiny_shards
 from dp2osr import cli
+from dp2osr.errors import UserError
 
 
 def save(path: Path) -> Path:
@@ -102,3 +105,27 @@ def test_best_of_a_real_metric(tmp_path: Path, config_file: Path) -> None:
     arguments = ["upscale", str(source), "--config", str(config_file), "--device", "cpu", "-o", str(tmp_path / "a.png")]
     cli.main([*arguments, "--candidates", "2", "--best-of", "entropy"])
     assert Image.open(tmp_path / "a.png").size == (28, 36)
+
+
+def test_export_writes_a_bare_state_dict(tiny_model: Path, tmp_path: Path) -> None:
+    cli.dispatch(
+        ["export", str(tiny_model / "controlnet"), "-o", str(tmp_path / "model.safetensors"), "--dtype", "float16"]
+    )
+    found = load_file(tmp_path / "model.safetensors")
+    wanted = load_file(tiny_model / "controlnet" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value.half()) for name, value in wanted.items())
+
+
+def test_export_refuses_what_it_cannot_write(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    for policy, target, message in (
+        (tmp_path, out, "no diffusion_pytorch_model.safetensors in it"),
+        (tiny_model / "controlnet", tmp_path / "model.bin", "found '.bin', wanted a .safetensors file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.dispatch(["export", str(policy), "-o", str(target)])
+    save_file({"weight": torch.full((2,), 1e9)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="'weight' holds no finite numbers as float16; choose another --dtype"):
+        cli.dispatch(["export", str(tmp_path), "-o", str(out), "--dtype", "float16"])
+    assert not out.exists()

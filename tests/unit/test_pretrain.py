@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dp2osr import config, resume, tables
-from dp2osr.config import ArchitectureSettings, DatasetSettings, PretrainSettings
+from dp2osr.config import ArchitectureSettings, DatasetSettings, PolicySettings, PretrainSettings
 from dp2osr.errors import UserError
 from dp2osr.models import build
 from dp2osr.models.backend import load_backend
@@ -65,15 +65,31 @@ def pairs() -> pool.Pool:
     return pool.draw(sources(), dataset(), settings(), seed=0)
 
 
-def train(pairs: pool.Pool, folder: Path, **changes: Any) -> pretrain.Trainer:
-    trainer = pretrain.Trainer(settings(**changes), pairs, folder, seed=0, device=CPU)
+def policy(backend: str = "sd") -> PolicySettings:
+    """Return the policy that a model is made for; where it lies does not matter."""
+    flow = {"backend": backend, "native_size": SIZE}
+    sampling = {"scheduler": "FlowMatchEulerDiscreteScheduler", "text_tokens": 8} if backend == "flux" else {}
+    return policy_settings(Path("nowhere"), **sampling).model_copy(update=flow)
+
+
+def trainer_of(pairs: pool.Pool, folder: Path, backend: str = "sd", **changes: Any) -> pretrain.Trainer:
+    return pretrain.Trainer(settings(**changes), policy(backend), pairs, folder, seed=0, device=CPU)
+
+
+def train(pairs: pool.Pool, folder: Path, backend: str = "sd", **changes: Any) -> pretrain.Trainer:
+    trainer = trainer_of(pairs, folder, backend, **changes)
     trainer.run()
     return trainer
 
 
+@pytest.fixture(scope="module", params=["sd", "flux"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(pairs: pool.Pool, tmp_path_factory: pytest.TempPathFactory) -> pretrain.Trainer:
-    return train(pairs, tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(kind: str, pairs: pool.Pool, tmp_path_factory: pytest.TempPathFactory) -> pretrain.Trainer:
+    return train(pairs, tmp_path_factory.mktemp("undisturbed"), kind)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +100,8 @@ def base(undisturbed: pretrain.Trainer, tmp_path_factory: pytest.TempPathFactory
 
 
 def weights(trainer: pretrain.Trainer) -> dict[str, torch.Tensor]:
-    parts = {"vae": trainer.vae, "unet": trainer.unet, "control": trainer.control, "text": trainer.text_encoder}
+    parts = {"vae": trainer.vae, "backbone": trainer.backend.backbone, "control": trainer.control}
+    parts["text"] = trainer.backend.text_encoder  # type: ignore[attr-defined]
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
@@ -154,11 +171,12 @@ def test_unknown_dataset_is_named(config_dict: dict[str, Any]) -> None:
         config.load(config_dict)
 
 
-def test_parts_load_in_the_backend_and_sample(base: Path, undisturbed: pretrain.Trainer) -> None:
-    backend = load_backend(policy_settings(base), device=CPU)
+def test_parts_load_in_the_backend_and_sample(kind: str, base: Path, undisturbed: pretrain.Trainer) -> None:
+    settings = policy(kind).model_copy(update={"model": str(base)})
+    backend = load_backend(settings, device=CPU)
     branch = backend.load_control(base / "controlnet")
     assert (backend.latent_factor, backend.native_size) == (4, SIZE)
-    for name, found in (("vae", backend.vae), ("unet", backend.unet), ("control", branch)):  # type: ignore[attr-defined]
+    for name, found in (("vae", backend.autoencoder.vae), ("backbone", backend.backbone), ("control", branch)):
         for key, value in found.state_dict().items():
             assert torch.equal(value, weights(undisturbed)[f"{name}.{key}"])
     images = smooth(2)
@@ -167,14 +185,16 @@ def test_parts_load_in_the_backend_and_sample(base: Path, undisturbed: pretrain.
     prompt, negative = backend.embed_prompts(["a bird", ""]), backend.embed_prompts(["dead leaves"])
     assert not torch.equal(*prompt["prompt_embeds"])
     control = backend.prepare_control(images)
-    sampled = backend.sample(branch, control, prompt, negative, [1, 2], policy_settings(base).sampling)
+    sampled = backend.sample(branch, control, prompt, negative, [1, 2], settings.sampling)
     assert backend.decode_latents(sampled).isfinite().all() and sampled.isfinite().all()
 
 
-def test_training_moves_every_network(undisturbed: pretrain.Trainer, pairs: pool.Pool, tmp_path: Path) -> None:
-    fresh = weights(pretrain.Trainer(settings(), pairs, tmp_path, seed=0, device=CPU))
+def test_training_moves_every_network(
+    kind: str, undisturbed: pretrain.Trainer, pairs: pool.Pool, tmp_path: Path
+) -> None:
+    fresh = weights(trainer_of(pairs, tmp_path, kind))
     moved = {name.split(".")[0] for name, value in weights(undisturbed).items() if not torch.equal(value, fresh[name])}
-    assert moved == {"vae", "unet", "control"}
+    assert moved == {"vae", "backbone", "control"}
     assert [(row["phase"], row["step"]) for row in undisturbed.rows] == [
         ("vae", STEPS),
         ("denoiser", STEPS),
@@ -196,42 +216,52 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, call: int) -> Callable[[], None]:
 
 
 def test_interrupted_in_every_phase_equals_undisturbed(
-    undisturbed: pretrain.Trainer, pairs: pool.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, undisturbed: pretrain.Trainer, pairs: pool.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each attempt ends in the last step of the next phase; the checkpoint is of the step before."""
     for call in (2, 3, 3):  # calls within the attempt: it first repeats the last step of the phase before
         take_back = interrupt(monkeypatch, call)
         with pytest.raises(InterruptedError):
-            train(pairs, tmp_path)
+            train(pairs, tmp_path, kind)
         take_back()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["denoiser.pt", "finetune.pt", "vae.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["denoiser.pt", "finetune.pt", "start", "vae.pt"]
     assert torch.load(tmp_path / "finetune.pt", weights_only=True)["step"] == 2
     for _ in range(2):  # to the end, and once more from the end
-        found = train(pairs, tmp_path)
+        found = train(pairs, tmp_path, kind)
         assert found.rows == undisturbed.rows
         wanted = weights(undisturbed)
         assert all(torch.equal(value, wanted[name]) for name, value in weights(found).items())
 
 
-def test_a_given_backbone_stays_as_it_is(base: Path, pairs: pool.Pool, tmp_path: Path) -> None:
-    trainer = train(pairs, tmp_path / "checkpoints", backbone=str(base))
+def test_a_given_backbone_stays_as_it_is(kind: str, base: Path, pairs: pool.Pool, tmp_path: Path) -> None:
+    trainer = train(pairs, tmp_path / "checkpoints", kind, backbone=str(base))
     trainer.save(tmp_path / "model")
-    for part in ("vae", "unet", "text_encoder"):
+    for part in ("vae", trainer.backend.backbone_folder, "text_encoder"):
         name = "model.safetensors" if part == "text_encoder" else WEIGHTS
         assert (tmp_path / "model" / part / name).read_bytes() == (base / part / name).read_bytes()
     texts = [file.read_text() for file in (tmp_path / "model").rglob("*.json")]
     assert not any(str(base) in text for text in texts)  # no path of this machine
     before, after = (load_file(folder / "controlnet" / WEIGHTS) for folder in (base, tmp_path / "model"))
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
-    assert after["controlnet_mid_block.weight"].abs().max() > 0  # zero at the start
+    last = "controlnet_mid_block.weight" if kind == "sd" else "controlnet_blocks.0.weight"
+    assert after[last].abs().max() > 0  # zero at the start
     assert {row["phase"] for row in trainer.rows} == {"denoiser", "finetune"}
+
+
+def test_a_given_vae_is_kept(base: Path, kind: str, pairs: pool.Pool, tmp_path: Path) -> None:
+    trainer = train(pairs, tmp_path / "checkpoints", "flux", autoencoder=str(base))
+    trainer.save(tmp_path / "model")
+    assert (tmp_path / "model/vae" / WEIGHTS).read_bytes() == (base / "vae" / WEIGHTS).read_bytes()
+    assert {row["phase"] for row in trainer.rows} == {"denoiser", "finetune"}
+    with pytest.raises(UserError, match=r"autoencoder .*: its latents have 4 channels, .*latent_channels says 6"):
+        trainer_of(pairs, tmp_path / "other", autoencoder=str(base), architecture=SHAPES | {"latent_channels": 6})
 
 
 def test_missing_backbone_is_named(pairs: pool.Pool, tmp_path: Path) -> None:
     (tmp_path / "backbone").mkdir()
-    for name, message in (("absent", "absent: not found"), ("backbone", "backbone/vae: cannot be loaded")):
+    for name, message in (("absent", "absent: not found"), ("backbone", "backbone/scheduler: no readable settings")):
         with pytest.raises(UserError, match=message):
-            pretrain.Trainer(settings(backbone=str(tmp_path / name)), pairs, tmp_path, seed=0, device=CPU)
+            trainer_of(pairs, tmp_path, backbone=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -242,17 +272,18 @@ def test_what_is_not_finite_stops_before_the_step(
         weight = trainer.vae.quant_conv.weight
         return weight.sum() * torch.nan if what == "loss" else (weight - weight.detach()).abs().sqrt().sum()
 
-    trainer = pretrain.Trainer(settings(), pairs, tmp_path, seed=0, device=CPU)
+    trainer = trainer_of(pairs, tmp_path)
     monkeypatch.setattr(pretrain.Trainer, "_vae_loss", broken)
     with pytest.raises(UserError, match=r"phase vae, step 1: loss .* gradient norm nan.*lower pretrain\.vae"):
         trainer.run()
     assert all(value.isfinite().all() for value in weights(trainer).values())
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
 def command(folder: Path, *, seed: int = 0, **changes: Any) -> list[str]:
     job = {
         "pretrain": settings(**changes).model_dump(),
+        "policy": policy().model_dump(),
         "dataset": dataset().model_dump(),
         "seed": seed,
     }

@@ -8,7 +8,7 @@ import torch
 import tiny_shards
 from dp2osr import config, seeds
 from dp2osr.errors import UserError
-from dp2osr.models.backend import weights_hash
+from dp2osr.models.backend import StoredEmbeddings, read_embeddings, weights_hash
 from dp2osr.sampling import images_control
 from dp2osr.shards import decode_image, read_shard
 from dp2osr.stages import rollout
@@ -164,3 +164,22 @@ def test_wrong_inputs_are_named(tmp_path: Path, job: list[str], config_dict: dic
     (tmp_path / "lr.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"lr\.tar: truncated"):
         rollout.main(job)
+
+
+def test_embeddings_read_one_by_one_equal_those_read_at_once(
+    tmp_path: Path, config_dict: dict[str, Any], tiny_model: Path
+) -> None:
+    policy = tiny_shards.policy(config_dict, tiny_model)
+    halves = [tiny_shards.names(4)[:2], tiny_shards.names(4)[2:]]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path, groups in zip(paths, halves, strict=True):
+        tiny_shards.write_embeddings(path, groups, policy)
+    stored = StoredEmbeddings(paths)
+    assert list(stored) == tiny_shards.names(4) and len(stored) == 4
+    whole = {group: value for path in paths for group, value in read_embeddings(path)[0].items()}
+    for group, value in whole.items():
+        assert stored[group].keys() == value.keys()
+        assert all(torch.equal(stored[group][name], tensor) for name, tensor in value.items())
+    paths[0].write_bytes(paths[0].read_bytes()[:50])
+    with pytest.raises(UserError, match=r"embeddings .*0\.safetensors: no readable safetensors file"):
+        StoredEmbeddings(paths)

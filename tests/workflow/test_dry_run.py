@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dp2osr import config
+from dp2osr.config_checks import prompt_files
 from workflow_rig import CONFIG, ROOT, Workflow, count, pick
 
 OVERLAYS = sorted(path.name for path in (ROOT / "config").glob("*.yaml") if path != CONFIG)
@@ -29,11 +30,22 @@ def test_defaults_import_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_config_file(name: str, tmp_path: Path) -> None:
     files = [CONFIG, CONFIG.parent / name]
-    runs = config.read(*files).runs
-    jobs = Workflow(tmp_path, files).plan()
+    known = config.read(*files)
+    runs = known.runs
+    # weights that a user has downloaded
+    wanted = {path for dataset in known.datasets.values() for path in prompt_files(dataset.prompt).values()}
+    for policy in known.policies.values():
+        wanted |= {policy.control, f"{policy.model}/scheduler/scheduler_config.json"}
+    for path in wanted:
+        if not path.startswith("builtin:"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+    few = {"datasets": {"train": {"num_shards": min(known.datasets["train"].num_shards, 2)}}}
+    jobs = Workflow(tmp_path, files).plan(changes=few)
     assert len(pick(jobs, "train")) == len(pick(jobs, "report")) == len(runs)
     base = [job for job in pick(jobs, "rollout", dataset="train") if job["policy"] == "base"]
-    assert len({tuple(job.values()) for job in base}) == len(base) <= 2  # all runs share them
+    blocks = -(-known.num_rollouts("train") // known.rollout.rollouts_per_block)
+    assert len(base) == blocks * few["datasets"]["train"]["num_shards"]  # all runs share them
 
 
 def test_pretrain_is_asked_for_by_name(tmp_path: Path) -> None:

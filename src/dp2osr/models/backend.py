@@ -5,9 +5,9 @@ and policy share everything else, in memory too.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,10 @@ import dp2osr
 from dp2osr.config import PolicySettings, SamplingSettings
 from dp2osr.errors import UserError
 from dp2osr.resume import fingerprint, write_bytes
+from dp2osr.weights import resolve_hub
+
+if TYPE_CHECKING:
+    from dp2osr.models.parts import Autoencoder
 
 Embeddings = dict[str, torch.Tensor]
 PARTS = frozenset({"backbone", "vae", "text"})
@@ -27,8 +31,15 @@ class Backend(Protocol):
     """A generative model with a control branch. Images are (B, 3, H, W) float RGB in [0, 1]."""
 
     device: torch.device
+    backbone: nn.Module
+    """The frozen UNet or transformer."""
+    backbone_folder: str
+    """Name of its folder in the model's."""
+    autoencoder: "Autoencoder"
     latent_factor: int
     """Pixels per latent cell along each side."""
+    control_factor: int
+    """Pixels per cell of the prepared control: 1 where it is an image."""
     size_multiple: int
     """Images are padded to a multiple of this many pixels."""
     native_size: int
@@ -69,8 +80,11 @@ class Backend(Protocol):
         `tile` > 0 predicts in overlapping windows of that many latent cells and blends the predictions.
         """
 
-    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Return `count` training timesteps."""
+    def checkpoint_gradients(self, branch: nn.Module) -> None:
+        """Recompute activations of branch and backbone in the backward pass instead of keeping them."""
+
+    def draw_timesteps(self, count: int, generator: torch.Generator, density: str = "uniform") -> torch.Tensor:
+        """Return `count` training timesteps; density is uniform or logit_normal."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return x_t of x_0 and noise."""
@@ -89,16 +103,27 @@ class Backend(Protocol):
         """Return the prediction (B, C, h, w) of the backbone under control of `branch`."""
 
 
+def logit_normal(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return (count,) numbers in (0, 1), the sigmoid of standard normal ones (Esser et al. 2024, section 3.1)."""
+    return torch.randn(count, generator=generator).sigmoid()
+
+
 def load_backend(policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS) -> Backend:
     """Load the frozen parts of a policy's model; `parts` names what is needed: backbone, vae, text."""
+    if policy.backend == "flux":
+        from dp2osr.models.flux import FlowBackend
+
+        return FlowBackend(policy, device=device, parts=parts)
     from dp2osr.models.sd import DiffusionBackend
 
-    return {"sd": DiffusionBackend}[policy.backend](policy, device=device, parts=parts)
+    return DiffusionBackend(policy, device=device, parts=parts)
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the path of a model; `builtin:NAME` lies in the package. Raises UserError where it is missing."""
+    """Return the path of a model: `builtin:` in the package, `hub:` in the cache. UserError where it is missing."""
     text = str(path)
+    if text.startswith("hub:"):
+        return resolve_hub(text)
     builtin = text.startswith("builtin:")
     found = Path(dp2osr.__file__).parent / "assets" / text.removeprefix("builtin:") if builtin else Path(text)
     if not found.exists():
@@ -130,18 +155,47 @@ def write_embeddings(
 
 def read_embeddings(path: Path | str) -> tuple[dict[str, Embeddings], Embeddings]:
     """Return (embeddings of each group without batch dimension, those of the negative prompt likewise)."""
-    try:
-        with safe_open(str(path), framework="pt") as handle:
-            table = json.loads((handle.metadata() or {})["table"])
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"embeddings {path}: not found") from None
-    except Exception as error:
-        raise UserError(f"embeddings {path}: no readable safetensors file ({error})") from None
+    handle, table = _open_embeddings(path)
+    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     embed = {name.removeprefix("prompt."): t for name, t in tensors.items() if name.startswith("prompt.")}
     negative = {name.removeprefix("negative."): t[0] for name, t in tensors.items() if name.startswith("negative.")}
     pairs = zip(table["groups"], table["index"], strict=True)
     return {group: {name: t[index] for name, t in embed.items()} for group, index in pairs}, negative
+
+
+class StoredEmbeddings(Mapping[str, Embeddings]):
+    """The embeddings of the groups of several files, each read when it is asked for: those of FLUX fill no memory."""
+
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        self._places: dict[str, tuple[safe_open, int]] = {}
+        for path in paths:
+            handle, table = _open_embeddings(path)
+            self._places |= {
+                group: (handle, index) for group, index in zip(table["groups"], table["index"], strict=True)
+            }
+
+    def __getitem__(self, group: str) -> Embeddings:
+        """Return the embeddings of a group, without batch dimension."""
+        handle, index = self._places[group]
+        names = [name for name in handle.keys() if name.startswith("prompt.")]  # noqa: SIM118
+        return {name.removeprefix("prompt."): handle.get_slice(name)[index] for name in names}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _open_embeddings(path: Path | str) -> tuple[safe_open, dict[str, list[Any]]]:
+    """Return the open file and its table of groups; raises UserError where it cannot be read."""
+    try:
+        handle = safe_open(str(path), framework="pt")
+        return handle, json.loads((handle.metadata() or {})["table"])
+    except FileNotFoundError:
+        raise UserError(f"embeddings {path}: not found") from None
+    except Exception as error:
+        raise UserError(f"embeddings {path}: no readable safetensors file ({error})") from None
 
 
 def stack(items: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Embeddings:

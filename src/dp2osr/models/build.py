@@ -1,8 +1,12 @@
-"""Builds the tiny SD-style model in diffusers' own layout: networks, byte-level tokenizer, scheduler."""
+"""Builds the tiny SD-style model in diffusers' own layout: networks, byte-level tokenizer, scheduler.
+
+`write` builds either backend's model; what FLUX has of its own is in build_flux.py.
+"""
 
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
@@ -15,6 +19,38 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dp2osr.config import ArchitectureSettings
 
 MAX_TOKENS = 24
+
+
+def write(folder: Path, settings: ArchitectureSettings, *, backend: str, size: int) -> None:
+    """Write an untrained model of `backend` to `folder`, its control branch in controlnet/, from torch's own seed.
+
+    size: side in pixels of the images that it is to be trained on.
+    """
+    cells = size // 2 ** (len(settings.vae_channels) - 1)
+    parts: dict[str, Any] = {"tokenizer": tokenizer(), "text_encoder": text_encoder(settings), "vae": vae(settings)}
+    if backend == "sd":
+        parts["unet"] = unet(settings, sample_size=cells)
+        parts["scheduler"] = scheduler(settings)
+    else:
+        from dp2osr.models import build_flux
+
+        parts["transformer"] = build_flux.transformer(settings)
+        parts["scheduler"] = build_flux.scheduler(tokens=(cells // 2) ** 2)
+        parts["tokenizer_2"] = build_flux.t5_tokenizer(length=MAX_TOKENS)
+        parts["text_encoder_2"] = build_flux.t5_encoder(settings)
+    parts["controlnet"] = new_control(parts.get("unet") or parts["transformer"], settings)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+
+
+def new_control(backbone: nn.Module, settings: ArchitectureSettings) -> nn.Module:
+    """Return an untrained control branch for a given UNet or transformer."""
+    if isinstance(backbone, UNet2DConditionModel):
+        return control(backbone, settings)
+    from dp2osr.models import build_flux
+
+    assert isinstance(backbone, build_flux.FluxTransformer2DModel)
+    return build_flux.control(backbone, settings)
 
 
 def vae(settings: ArchitectureSettings) -> AutoencoderKL:

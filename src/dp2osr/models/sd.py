@@ -4,40 +4,24 @@ A model folder is in diffusers' own layout: vae/, unet/, text_encoder/, tokenize
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
-from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from dp2osr.config import PolicySettings, SamplingSettings
 from dp2osr.errors import UserError
+from dp2osr.models import parts as model_parts
 from dp2osr.models import tiling
-from dp2osr.models.backend import PARTS, Embeddings, resolve
+from dp2osr.models.backend import PARTS, Embeddings, logit_normal, resolve
+from dp2osr.models.parts import Autoencoder, State, freeze, load_part, place
 from dp2osr.repeats import once_an_image
-
-Predict = Callable[[torch.Tensor], torch.Tensor]
-
-disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
-
-
-def load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
-    """Load one folder of a model; raises UserError that names it."""
-    try:
-        found = kind.from_pretrained(folder / part, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model {folder / part}: cannot be loaded ({first}); wanted diffusers' layout") from None
-    if isinstance(found, diffusers.ModelMixin):
-        found.register_to_config(_name_or_path="")  # or what is saved later would tell where this lay
-    return found
 
 
 class SharedConditioning(ControlNetConditioningEmbedding):
@@ -55,59 +39,42 @@ class SharedConditioning(ControlNetConditioningEmbedding):
 class DiffusionBackend:
     """Frozen UNet, VAE and text encoder of one model folder; see `Backend` for shapes and ranges."""
 
+    backbone_folder = "unet"
+    control_factor = 1
+
     def __init__(self, policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS) -> None:
         folder = resolve(policy.model)
         self.device = device
         self.dtype = getattr(torch, policy.sampling.dtype)
-        self.vae_dtype = getattr(torch, policy.sampling.vae_dtype)
-        self.scheduler_config = dict(load_part(DDPMScheduler, folder, "scheduler").config)
+        self.scheduler_config = model_parts.load_settings(DDPMScheduler, folder, "scheduler")
         self.noise_scheduler = DDPMScheduler.from_config(self.scheduler_config)
         self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(device)
         if "backbone" in parts:
-            self.unet = self._freeze(load_part(UNet2DConditionModel, folder, "unet"), self.dtype)
+            self.backbone = self.unet = freeze(load_part(UNet2DConditionModel, folder, "unet"), device, self.dtype)
         if "vae" in parts:
-            self.vae = self._freeze(load_part(AutoencoderKL, folder, "vae"), self.vae_dtype)
+            dtype = getattr(torch, policy.sampling.vae_dtype)
+            self.autoencoder = Autoencoder(folder, device=device, dtype=dtype)
         if "text" in parts:
             self.tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
-            self.text_encoder = self._freeze(load_part(CLIPTextModel, folder, "text_encoder"), self.dtype)
-        stages = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
-        self.latent_factor = 2 ** (stages - 1)
-        unet = UNet2DConditionModel.load_config(folder / "unet")
+            self.text_encoder = freeze(load_part(CLIPTextModel, folder, "text_encoder"), device, self.dtype)
+        self.latent_factor = model_parts.latent_factor(folder)
+        unet = model_parts.load_settings(UNet2DConditionModel, folder, "unet")
         self.size_multiple = self.latent_factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        self.native_size = self.latent_factor * (unet["sample_size"] or 64)
+        self.native_size = policy.native_size or self.latent_factor * (unet["sample_size"] or 64)
 
-    def _freeze(self, module: nn.Module, dtype: torch.dtype) -> Any:
-        return self._place(module, dtype).requires_grad_(False).eval()
-
-    def _place(self, module: nn.Module, dtype: torch.dtype) -> Any:
-        """Cast and move; diffusers' own `to(dtype)` warns of modules to keep in float32 where a class has none."""
-        return nn.Module.to(module, self.device, dtype).to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Return scaled latents (B, C, h, w) float32: the mode of the VAE's posterior."""
-        posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae_dtype)).latent_dist
-        shift = self.vae.config.shift_factor or 0.0
-        return ((posterior.mode() - shift) * self.vae.config.scaling_factor).float()
+        return self.autoencoder.encode(images)
 
-    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Return images (B, 3, H, W) float32 in [0, 1]."""
-        shift = self.vae.config.shift_factor or 0.0
-        latents = latents.to(self.device, self.vae_dtype) / self.vae.config.scaling_factor + shift
-        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        return self.autoencoder.decode(latents)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
         """Return {"prompt_embeds": (P, L, D)}: the text encoder's last hidden state, as diffusers' pipelines use it."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {"prompt_embeds": self.text_encoder(tokens.input_ids.to(self.device))[0]}
+        tokens = model_parts.tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length)
+        return {"prompt_embeds": self.text_encoder(tokens.to(self.device))[0]}
 
     def prepare_control(self, images: torch.Tensor) -> torch.Tensor:
         """The conditioning embedding takes the upsampled LR image in [0, 1] as it is."""
@@ -115,18 +82,25 @@ class DiffusionBackend:
 
     def load_control(self, path: str | Path) -> ControlNetModel:
         """Load a folder with config.json, or a bare state dict onto `ControlNetModel.from_unet(unet)`."""
-        found = resolve(path)
-        if found.is_dir():
-            branch = load_part(ControlNetModel, found.parent, found.name)
-        else:
-            branch = ControlNetModel.from_unet(self.unet)
-            missing, unexpected = branch.load_state_dict(load_file(found), strict=False)
-            if missing or unexpected:
-                name = (missing or unexpected)[0]
-                raise UserError(f"control weights {path}: '{name}' does not fit the control branch of this UNet")
+        branch = model_parts.load_branch(path, ControlNetModel, self._empty_control)
         if type(branch.controlnet_cond_embedding) is ControlNetConditioningEmbedding:
             branch.controlnet_cond_embedding.__class__ = SharedConditioning
-        return self._place(branch, self.dtype).eval()
+        return place(branch, self.device, self.dtype).eval()
+
+    def _empty_control(self, state: State) -> ControlNetModel:
+        """Return a branch of the UNet's shape with the conditioning embedding that `state` holds."""
+        blocks = model_parts.count_blocks(state, "controlnet_cond_embedding.blocks")
+        names = ["conv_in", *(f"blocks.{number}" for number in range(1, blocks, 2))]  # each second block widens
+        weights = [state.get(f"controlnet_cond_embedding.{name}.weight") for name in names]
+        channels = tuple(len(weight) for weight in weights if weight is not None)
+        options = {"conditioning_embedding_out_channels": channels} if channels else {}
+        return ControlNetModel.from_unet(self.unet, load_weights_from_unet=False, **options)
+
+    def checkpoint_gradients(self, branch: nn.Module) -> None:
+        """Recompute activations of branch and backbone in the backward pass instead of keeping them."""
+        modules: tuple[Any, ...] = (self.unet, branch)
+        for module in modules:
+            module.enable_gradient_checkpointing()
 
     def save_control(self, branch: nn.Module, folder: Path) -> None:
         """Write a control branch in diffusers' layout, loadable by StableDiffusionControlNetPipeline."""
@@ -154,13 +128,11 @@ class DiffusionBackend:
         overlap: int = 0,
     ) -> torch.Tensor:
         """Denoise one candidate a seed; the noise of a candidate does not depend on its batch."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         cells = (control.shape[2] // self.latent_factor, control.shape[3] // self.latent_factor)
-        shape = (1, self.unet.config.in_channels, *cells)
         scheduler = self.make_scheduler(sampling.scheduler)
         scheduler.set_timesteps(sampling.steps, device=self.device)
-        noise = [torch.randn(shape, generator=generator, dtype=self.dtype) for generator in generators]
-        latents = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
+        noise, generators = model_parts.draw_noise((self.unet.config.in_channels, *cells), seeds, self.dtype)
+        latents = noise.to(self.device) * scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generators} if takes_generator else {}
         for timestep in scheduler.timesteps:
@@ -199,10 +171,12 @@ class DiffusionBackend:
         without, with_prompt = prediction.chunk(2)
         return without + sampling.guidance * (with_prompt - without)
 
-    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Return `count` timesteps, uniform over the training schedule."""
+    def draw_timesteps(self, count: int, generator: torch.Generator, density: str = "uniform") -> torch.Tensor:
+        """Return `count` timesteps of the training schedule."""
         total = self.noise_scheduler.config.num_train_timesteps
-        return torch.randint(0, total, (count,), generator=generator).to(self.device)
+        if density == "uniform":
+            return torch.randint(0, total, (count,), generator=generator).to(self.device)
+        return (logit_normal(count, generator) * total).long().to(self.device)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x_0 + σ_t ε, α² + σ² = 1."""

@@ -1,6 +1,6 @@
-"""Pretrain a tiny SD-style model with a control branch from HR images.
+"""Pretrain a tiny model with a control branch from HR images, in the style of SD or FLUX.
 
-Writes a model folder in diffusers' layout (vae, unet, controlnet, text_encoder, tokenizer, scheduler) and a log.
+Writes a model folder in diffusers' layout (vae, unet or transformer, controlnet, text encoders …) and a log.
 With `backbone` set, that model stays frozen and only a control branch is trained on it.
 """
 
@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import model_validator
 
 from dp2osr import images, resume, stage, tables, versions
-from dp2osr.config import DatasetSettings, PretrainSettings
+from dp2osr.config import DatasetSettings, PolicySettings, PretrainSettings
 from dp2osr.strict import Strict
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ class PretrainJob(Strict):
     """Settings of the job."""
 
     pretrain: PretrainSettings
+    policy: PolicySettings
     dataset: DatasetSettings
     seed: int
 
@@ -40,12 +41,13 @@ class PretrainJob(Strict):
 
 
 def job_mark(job: PretrainJob, table: Path) -> str:
-    """Return the fingerprint of all that determines the weights: settings, images.parquet, a given backbone."""
+    """Return the fingerprint of all that determines the weights: settings, images.parquet, given networks."""
     from dp2osr.models.backend import resolve
 
-    settings = job.model_dump_json(exclude={"pretrain": {"output", "checkpoint_every"}})
-    backbone = [resolve(job.pretrain.backbone)] if job.pretrain.backbone else []
-    return resume.fingerprint(settings, str(versions.PRETRAIN), table, *backbone)
+    given = {"policy": {"model", "control"}, "pretrain": {"output", "checkpoint_every"}}
+    settings = job.model_dump_json(exclude=given)
+    taken = [resolve(path) for path in (job.pretrain.backbone, job.pretrain.autoencoder) if path]
+    return resume.fingerprint(settings, str(versions.PRETRAIN), table, *taken)
 
 
 def read_sources(table: pd.DataFrame, *, max_pixels: int) -> list[tuple[np.ndarray, bool]]:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = pool.draw(sources, job.dataset, job.pretrain, seed=job.seed)
     device = stage.device(args.device)
     checkpoints = args.checkpoints / job_mark(job, args.images)
-    trainer = pretrain.Trainer(job.pretrain, pairs, checkpoints, seed=job.seed, device=device)
+    trainer = pretrain.Trainer(job.pretrain, job.policy, pairs, checkpoints, seed=job.seed, device=device)
     trainer.run()
     with atomic_folder(args.model) as folder:
         trainer.save(folder)

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dp2osr import resume, stage, tables, versions
 from dp2osr.config import PolicySettings, RewardSettings, TrainSettings
@@ -77,16 +77,17 @@ def make_accelerator(job: TrainJob, folder: Path, *, device: str) -> "Accelerato
 
 def make_feed(args: argparse.Namespace, backend: "Backend", group_ids: Sequence[str]) -> "Feed":
     """Return the source of training images; raises UserError where a group of the pairs has none."""
-    from dp2osr.models.backend import read_embeddings
+    from dp2osr.models.backend import StoredEmbeddings
     from dp2osr.training.pack import Pack
     from dp2osr.training.step import Feed
 
     pack = Pack(args.encoded)
     pack.check(group_ids)
-    embeddings = {group: value for path in args.embeddings for group, value in read_embeddings(path)[0].items()}
+    embeddings = StoredEmbeddings(args.embeddings)
     if missing := [group_id for group_id in group_ids if group_id not in embeddings]:
         raise UserError(f"embeddings: group {missing[0]} is missing, though pairs has it")
-    return Feed(pack=pack, embeddings=embeddings, backend=backend)
+    density = args.config.train.timestep_density
+    return Feed(pack=pack, embeddings=embeddings, backend=backend, timestep_density=density)
 
 
 def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "Backend") -> "Guard | None":
@@ -131,8 +132,7 @@ def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "S
     reference = backend.load_control(args.reference)
     policy = backend.load_control(args.reference).float()
     if job.train.gradient_checkpointing:
-        enable: Any = policy.enable_gradient_checkpointing
-        enable()
+        backend.checkpoint_gradients(policy)
     return Trainer(
         accelerator=accelerator,
         feed=make_feed(args, backend, schedule.group_ids),

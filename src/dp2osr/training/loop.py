@@ -88,6 +88,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.policy.state_dict()) if self.settings.ema_decay else None
         self.gradient = Gradient(self.accelerator, self.feed, self.policy, self.reference, self.settings)
         self._logged = time.monotonic()
+        self._began: tuple[float, int] | None = None  # when this process's first step began, and the steps before it
 
     def run(self) -> Progress:
         """Train to the end, or until the guard stops it; return what was done."""
@@ -128,6 +129,7 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step: nothing changes where loss or gradient is not finite."""
         started = time.perf_counter()
+        self._began = self._began or (time.monotonic(), self.progress.step)
         step = self.progress.step + 1
         units = self.schedule.step(step)
         for group in self.optimizer.param_groups:
@@ -205,12 +207,17 @@ class Trainer:
         if now - self._logged < LOG_EVERY_S and row["step"] not in (1, self.settings.steps):
             return
         self._logged = now
+        assert self._began is not None
+        rate = (row["step"] - self._began[1]) / max(now - self._began[0], 1e-9)  # validations and checkpoints included
         logger.info(
-            "step %d of %d: loss %.4f, accuracy %.3f, |z| %.3f, winner error %+.2e, loser error %+.2e, %.0f pairs/s",
+            "step %d of %d: loss %.4f, accuracy %.3f, |z| %.3f, winner error %+.2e, loser error %+.2e, %.0f pairs/s, "
+            "%.3g steps/s, %.0f s left",
             row["step"],
             self.settings.steps,
             *(row[name] for name in ("loss", "implicit_accuracy", "abs_logit", "error_chosen", "error_rejected")),
             row["pairs_per_second"],
+            rate,
+            (self.settings.steps - row["step"]) / rate,
         )
 
     def _pause(self) -> None:

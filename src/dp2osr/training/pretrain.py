@@ -1,4 +1,4 @@
-"""Pretraining of a tiny SD-style model: VAE, then UNet and control branch together, or a control branch alone.
+"""Pretraining of a tiny model: VAE, then backbone and control branch together, or a control branch alone.
 
 Resumable: the batch of a step is a pure function of (seed, phase, step), and a checkpoint holds the rest.
 """
@@ -6,22 +6,26 @@ Resumable: the batch of a step is a pure function of (seed, phase, step), and a 
 import copy
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
 
 from dp2osr import seeds
-from dp2osr.config import PhaseSettings, PretrainSettings
+from dp2osr.config import PhaseSettings, PolicySettings, PretrainSettings
 from dp2osr.errors import UserError
 from dp2osr.models import build
-from dp2osr.models.backend import resolve
-from dp2osr.models.sd import load_part
+from dp2osr.models.backend import Backend, load_backend, resolve
+from dp2osr.models.parts import load_settings, place
 from dp2osr.resume import atomic
+from dp2osr.sampling import images_control
+from dp2osr.training.checkpoint import atomic_folder
 from dp2osr.training.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -32,47 +36,79 @@ LossOf = Callable[[torch.Generator], torch.Tensor]
 class Trainer:
     """Trains the phases one after the other and keeps one checkpoint file a phase in `folder`.
 
-    The folder belongs to one setting: what lies there is gone on from without a question.
+    The folder belongs to one setting: what lies there is gone on from without a question. `policy` says which backend
+    the model is for; its model and control are what comes out.
     """
 
     def __init__(
-        self, settings: PretrainSettings, pool: Pool, folder: Path, *, seed: int, device: torch.device
+        self,
+        settings: PretrainSettings,
+        policy: PolicySettings,
+        pool: Pool,
+        folder: Path,
+        *,
+        seed: int,
+        device: torch.device,
     ) -> None:
         self.settings, self.pool, self.folder, self.seed, self.device = settings, pool, folder, seed, device
         self.rows: list[dict[str, object]] = []
-        torch.manual_seed(seeds.derive(seed, "initial weights"))
-        shapes = settings.architecture
-        self.tokenizer, self.text_encoder = build.tokenizer(), build.text_encoder(shapes).to(device).eval()
-        self.vae: AutoencoderKL = build.vae(shapes)
-        cells = pool.hr.shape[2] // 2 ** (len(shapes.vae_channels) - 1)
-        self.unet: UNet2DConditionModel = build.unet(shapes, sample_size=cells)
-        self.scheduler = build.scheduler(shapes)
-        if settings.backbone:
-            self._load_backbone(resolve(settings.backbone))
-        self.control: ControlNetModel = build.control(self.unet, shapes)
-        for module in (self.vae, self.unet, self.control):
-            module.to(device, memory_format=torch.channels_last)
+        self.start = resolve(settings.backbone) if settings.backbone else self._untrained(policy)
+        whole = policy.sampling.model_copy(update={"dtype": "float32", "vae_dtype": "float32"})
+        policy = policy.model_copy(update={"model": str(self.start), "sampling": whole})
+        self.backend: Backend = load_backend(policy, device=device)
+        self.vae: Any = self.backend.autoencoder.vae
+        self.control = (
+            self._new_control() if settings.backbone else self.backend.load_control(self.start / "controlnet")
+        )
 
-    def _load_backbone(self, folder: Path) -> None:
-        self.vae = load_part(AutoencoderKL, folder, "vae")
-        self.unet = load_part(UNet2DConditionModel, folder, "unet")
-        self.scheduler = load_part(type(self.scheduler), folder, "scheduler")
-        self.tokenizer = load_part(type(self.tokenizer), folder, "tokenizer")
-        self.text_encoder = load_part(type(self.text_encoder), folder, "text_encoder", dtype=torch.float32)
-        self.text_encoder.to(self.device).eval()
-        self.unet.requires_grad_(False).eval()
+    def _untrained(self, policy: PolicySettings) -> Path:
+        """Return the folder of the model with which the training starts, beside the checkpoints."""
+        folder = self.folder / "start"
+        if folder.exists():
+            return folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seeds.derive(self.seed, "initial weights"))
+        with atomic_folder(folder) as temporary:
+            shapes = self.settings.architecture
+            build.write(temporary, shapes, backend=policy.backend, size=self.pool.hr.shape[2])
+            if self.settings.autoencoder:
+                self._take_autoencoder(resolve(self.settings.autoencoder) / "vae", temporary / "vae")
+        return folder
+
+    def _take_autoencoder(self, given: Path, place: Path) -> None:
+        wanted = self.settings.architecture.latent_channels
+        found = load_settings(AutoencoderKL, given.parent, given.name)["latent_channels"]
+        if found != wanted:
+            raise UserError(
+                f"autoencoder {given}: its latents have {found} channels, "
+                f"and pretrain.architecture.latent_channels says {wanted}"
+            )
+        shutil.rmtree(place)
+        shutil.copytree(given, place)
+
+    def _new_control(self) -> Any:
+        torch.manual_seed(seeds.derive(self.seed, "initial weights"))
+        return place(build.new_control(self.backend.backbone, self.settings.architecture), self.device, torch.float32)
 
     def run(self) -> None:
         """Train whatever phases are not finished yet."""
-        joint = [self.control] if self.settings.backbone else [self.unet, self.control]
-        if not self.settings.backbone:
+        trained = {name: module.requires_grad_(True) for name, module in self._trained().items()}
+        if trained.pop("vae", None):
             self._phase("vae", self.settings.vae, [self.vae], self._vae_loss)
             self._fix_latent_scale()
-        self.vae.requires_grad_(False).eval()
-        self.latents = self._encode_pool()
-        self.texts = self._embed(["", "photograph", "dead leaves"])
+        joint = list(trained.values())
+        self.latents = self._encode_pool(self.pool.hr, self.backend.encode_images)
+        self.controls = self._encode_controls()
+        self.texts = self.backend.embed_prompts(["", "photograph", "dead leaves"])
         self._phase("denoiser", self.settings.denoiser, joint, self._denoiser_loss(self.settings.denoiser))
         self._phase("finetune", self.settings.finetune, joint, self._denoiser_loss(self.settings.finetune))
+
+    def _trained(self) -> dict[str, nn.Module]:
+        """Return the networks that are trained, by the folder that they are saved in."""
+        if self.settings.backbone:
+            return {"controlnet": self.control}
+        vae = {} if self.settings.autoencoder else {"vae": self.vae}
+        return vae | {self.backend.backbone_folder: self.backend.backbone, "controlnet": self.control}
 
     def _phase(self, name: str, phase: PhaseSettings, modules: list[nn.Module], loss_of: LossOf) -> None:
         averages = [copy.deepcopy(module).requires_grad_(False) for module in modules]
@@ -184,70 +220,57 @@ class Trainer:
         self.vae.register_to_config(scaling_factor=round(1 / posterior.mode().std().item(), 5))
 
     @torch.no_grad()
-    def _encode_pool(self) -> torch.Tensor:
-        parts = []
-        for batch in self.pool.hr.split(128):
-            posterior = self.vae.encode(batch.to(self.device).float() / 127.5 - 1).latent_dist
-            parts.append(posterior.mode().cpu() * self.vae.config.scaling_factor)
-        return torch.cat(parts)
+    def _encode_pool(self, images: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return `encode` of (N, 3, H, W) uint8 images, on the CPU."""
+        return torch.cat([encode(batch.to(self.device).float() / 255).cpu() for batch in images.split(128)])
 
-    @torch.no_grad()
-    def _embed(self, prompts: list[str]) -> torch.Tensor:
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+    def _encode_controls(self) -> torch.Tensor | None:
+        """Return the control of each image of the pool where the backend makes latents of it, else None."""
+        if self.backend.control_factor == 1:
+            return None
+        scale = self.pool.hr.shape[2] // self.pool.lr.shape[2]
+        return self._encode_pool(self.pool.lr, lambda lr: self.backend.prepare_control(images_control(lr, scale)))
 
     def _denoiser_loss(self, phase: PhaseSettings) -> LossOf:
         """Return the squared error of the prediction at a random timestep, LR upsampled as control."""
-        factor = self.pool.hr.shape[2] // self.latents.shape[2]
-        scale = self.pool.hr.shape[2] // self.pool.lr.shape[2]
-        cells, small = phase.crop // factor, phase.crop // scale
+        whole = self.pool.hr.shape[2]
+
+        def cut(images: torch.Tensor, crops: list[tuple[int, int, int]]) -> torch.Tensor:
+            """Return the crops, given in HR pixels, of (N, C, h, w) latents or smaller images."""
+            factor = whole // images.shape[2]
+            side = phase.crop // factor
+            windows = (
+                (i, slice(y // factor, y // factor + side), slice(x // factor, x // factor + side)) for i, y, x in crops
+            )
+            return torch.stack([images[i, :, rows, columns] for i, rows, columns in windows]).to(self.device)
 
         def loss(generator: torch.Generator) -> torch.Tensor:
             crops = list(self._crops(phase.batch_size, phase.crop, generator))
-            latents = torch.stack(
-                [
-                    self.latents[i, :, y // factor : y // factor + cells, x // factor : x // factor + cells]
-                    for i, y, x in crops
-                ]
-            ).to(self.device)
-            lr = torch.stack(
-                [
-                    self.pool.lr[i, :, y // scale : y // scale + small, x // scale : x // scale + small]
-                    for i, y, x in crops
-                ]
-            )
-            size = (phase.crop, phase.crop)
-            up = functional.interpolate(lr.to(self.device).float() / 255, size=size, mode="bicubic").clamp(0, 1)
+            latents = cut(self.latents, crops)
             kinds = 2 - self.pool.photograph[[i for i, _, _ in crops]].long()
             dropped = torch.rand(len(crops), generator=generator) < self.settings.prompt_dropout
-            text = self.texts[torch.where(dropped, 0, kinds)]
+            text = {name: tensor[torch.where(dropped, 0, kinds)] for name, tensor in self.texts.items()}
             noise = torch.randn(latents.shape, generator=generator).to(self.device)
-            total = self.scheduler.config.num_train_timesteps
-            steps = torch.randint(0, total, (len(crops),), generator=generator).to(self.device)
-            noisy = self.scheduler.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
-            down, middle = self.control(noisy, steps, text, up, return_dict=False)
-            predicted = self.unet(
-                noisy, steps, text, down_block_additional_residuals=down, mid_block_additional_residual=middle
-            ).sample
-            velocity = self.scheduler.config.prediction_type == "v_prediction"
-            target = self.scheduler.get_velocity(latents, noise, steps) if velocity else noise
-            return functional.mse_loss(predicted, target)
+            steps = self.backend.draw_timesteps(len(crops), generator)
+            noisy = self.backend.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
+            if self.controls is None:
+                lr = cut(self.pool.lr, crops).float() / 255
+                control = self.backend.prepare_control(images_control(lr, whole // self.pool.lr.shape[2]))
+            else:
+                control = cut(self.controls, crops)
+            predicted = self.backend.predict(self.control, noisy, steps, control, text)
+            return functional.mse_loss(predicted, self.backend.target(latents, noise, steps))
 
         return loss
 
     def save(self, folder: Path) -> None:
         """Write the model in diffusers' layout, the control branch in controlnet/."""
-        parts = {
-            "vae": self.vae,
-            "unet": self.unet,
-            "controlnet": self.control,
-            "text_encoder": self.text_encoder,
-            "tokenizer": self.tokenizer,
-            "scheduler": self.scheduler,
-        }
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)
+        trained = self._trained()
+        for part in self.start.iterdir():
+            if part.is_dir() and part.name not in trained:
+                shutil.copytree(part, folder / part.name)
+        for name, module in trained.items():
+            module.save_pretrained(folder / name)  # type: ignore[operator]
 
 
 def _cosine(step: int, phase: PhaseSettings) -> float:

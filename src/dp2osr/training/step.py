@@ -43,6 +43,7 @@ class Feed:
     pack: Pack
     embeddings: Mapping[str, Mapping[str, torch.Tensor]]
     backend: Backend
+    timestep_density: str
 
     def batch(self, units: Sequence[Unit]) -> Batch:
         """Load units; timestep and noise of each are drawn from its own seed on the CPU, so that devices agree."""
@@ -52,7 +53,7 @@ class Feed:
             images, condition = self.pack.load(unit.group_id, unit.rollouts)
             count = len(unit.rollouts)
             generator = torch.Generator("cpu").manual_seed(unit.seed)
-            timesteps.append(self.backend.draw_timesteps(1, generator).expand(count))
+            timesteps.append(self.backend.draw_timesteps(1, generator, self.timestep_density).expand(count))
             noise.append(torch.randn(images.shape[1:], generator=generator).expand_as(images))
             latents.append(images)
             control.append(condition.expand(count, *condition.shape))
