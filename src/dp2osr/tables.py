@@ -55,7 +55,11 @@ PROMPTS = _schema(
     ["group_id"],
     _GROUP,
     _column("prompt", _TEXT, "text given to the text encoder"),
-    _column("status", _TEXT, "ok, or missing where the prompt table has no row and the empty prompt is used"),
+    _column(
+        "status",
+        _TEXT,
+        "ok; where the empty prompt stands in: missing from the prompt table, or empty, as the model named nothing",
+    ),
 )
 
 SCORES = _schema(
