@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dp2osr import strict
+from dp2osr import strict, weights
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+LOG = logging.getLogger("stage")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -52,6 +53,7 @@ def parse_args(found: argparse.ArgumentParser, argv: Any) -> argparse.Namespace:
 
 def run(main: Callable[[], None]) -> None:
     """Run a command; a user's error is one line on standard error and exit code 1 (DP2OSR_DEBUG=1: a traceback)."""
+    weights.use()
     try:
         main()
     except (UserError, OSError) as error:
@@ -62,23 +64,32 @@ def run(main: Callable[[], None]) -> None:
 
 
 def device(name: str) -> "torch.device":
-    """Return the torch device for auto | cpu | cuda; raises UserError where CUDA is wanted and missing."""
+    """Return the torch device for auto | cpu | cuda, and log it; raises UserError where CUDA is wanted and missing."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("config: device: found 'cuda', but torch sees no CUDA device; wanted auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    LOG.info("device %s", f"cuda ({torch.cuda.get_device_name()})" if name == "cuda" else name)
     return torch.device(name)
 
 
-def progress(items: Iterable[T], total: int, what: str, logger: logging.Logger, every_s: float = 10.0) -> Iterator[T]:
-    """Yield the items; log a plain line with count, rate and time left every `every_s` seconds and at the end."""
+def progress(
+    items: Iterable[T], total: int, what: str, logger: logging.Logger, *, every_s: float = 10.0, kept: int = 0
+) -> Iterator[T]:
+    """Yield the items; log a plain line with count, rate and time left every `every_s` seconds and at the end.
+
+    kept: how many of the first items an earlier attempt has finished; they say nothing about the rate.
+    """
     start = last = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
+        if done <= kept:
+            start = last = now
         if now - last >= every_s or done == total:
-            rate = done / max(now - start, 1e-9)
-            logger.info("%s: %d of %d, %.2f/s, %.0f s left", what, done, total, rate, (total - done) / rate)
+            rate = max(done - kept, 0) / max(now - start, 1e-9)
+            left = (total - done) / rate if rate else 0.0
+            logger.info("%s: %d of %d, %.2f/s, %.0f s left", what, done, total, rate, left)
             last = now

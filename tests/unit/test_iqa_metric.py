@@ -11,7 +11,8 @@ from PIL import Image
 
 from dp2osr.errors import UserError
 from dp2osr.images import load_builtin
-from dp2osr.iqa.metric import SCRATCH, Scorer, _with_weights, statuses
+from dp2osr.iqa import pretrained
+from dp2osr.iqa.metric import SCRATCH, Scorer, statuses
 from dp2osr.metrics import METRICS
 
 CPU = torch.device("cpu")
@@ -172,4 +173,4 @@ def test_missing_weights_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pyiqa, "create_metric", refuse)
     with pytest.raises(UserError, match=r"metric 'musiq': no weights in .*pyiqa.*\(ConnectionError: no route\)"):
-        _with_weights("musiq", CPU)
+        pretrained.create("musiq", CPU)

@@ -7,23 +7,21 @@ happens when a Scorer is made.
 
 import contextlib
 import logging
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from dp2osr.errors import UserError
+from dp2osr.iqa import pretrained
+from dp2osr.iqa.pretrained import replaced
 from dp2osr.metrics import METRICS
 from dp2osr.repeats import once_an_image
 
 LOG = logging.getLogger("iqa")
-CONNECT_S = 15.0  # seconds that a download of weights may wait for an answer
 # Largest temporary tensor in bytes. On the CPU, the allocator returns blocks of 32 MiB and more to the system at once,
 # and paging them in again costs several times the arithmetic.
 SCRATCH = {"cpu": 30 * 2**20, "cuda": 2**30}
@@ -150,31 +148,11 @@ def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int)
         own.check(niqe, block_size=niqe_block)
         options = {"type": own.BlockNIQE.__name__, "block_size": niqe_block, "pretrained_model_path": str(niqe)}
         return pyiqa.create_metric(name, device=device, **options)
-    model = _with_weights(name, device) if METRICS[name].needs_weights else pyiqa.create_metric(name, device=device)
+    make = pretrained.create if METRICS[name].needs_weights else pyiqa.create_metric
+    model = make(name, device=device)
     if name == "nlpd":
         model.net.pyramid = once_an_image(model.net.pyramid)
     return model
-
-
-def _with_weights(name: str, device: torch.device) -> Any:
-    """Create a metric whose weights lie in a cache or are downloaded; whatever fails there becomes one UserError."""
-    import pyiqa
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from pyiqa.utils.download_util import DEFAULT_CACHE_DIR
-
-    waiting = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_S)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return pyiqa.create_metric(name, device=device)
-    except Exception as error:  # pyiqa's metrics load through five libraries, each with errors of its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"metric '{name}': no weights in {DEFAULT_CACHE_DIR}, {torch.hub.get_dir()} or {HF_HUB_CACHE}, and they"
-            f" could not be downloaded ({reason})"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(waiting)
 
 
 @contextlib.contextmanager
@@ -199,15 +177,5 @@ def _shared_hr(name: str) -> Iterator[None]:
         return
     from pyiqa.archs import fsim_arch
 
-    with _replaced(fsim_arch, "_phase_congruency", once_an_image(fsim_arch._phase_congruency)):
+    with replaced(fsim_arch, "_phase_congruency", once_an_image(fsim_arch._phase_congruency)):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)

@@ -1,0 +1,131 @@
+"""Metrics with weights: where pyiqa finds them, how they are loaded safely, and what is said where they are missing.
+
+pyiqa's metrics load through torch.hub's folder (torchvision, timm, pyiqa's and CLIP's files) and huggingface_hub's
+cache (timm, transformers). Both follow the environment (weights.environment); A-FINE's CLIP lies in the home folder.
+"""
+
+import contextlib
+import functools
+import os
+import socket
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dp2osr import weights
+from dp2osr.errors import UserError
+
+CONNECT_S = 15.0  # seconds that a download of weights may wait for an answer
+SAFE_LOAD = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load then overrides pyiqa's weights_only=False
+
+
+def create(name: str, device: torch.device) -> Any:
+    """Return pyiqa's metric `name`, from the cache in use alone where there is one; else it may be downloaded.
+
+    Whatever fails becomes one UserError.
+    """
+    weights.require(f"metric:{name}")
+    folder = weights.in_use()
+    try:
+        return load(name, device, folder=folder, offline=folder is not None)
+    except Exception as error:  # pyiqa's metrics load through five libraries, each with errors of its own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        where = f"the weights cache {folder}" if folder else f"{_default_places()}, and they could not be downloaded"
+        raise UserError(f"metric '{name}': no weights in {where} ({reason}); {weights.remedy(folder)}") from error
+
+
+def load(name: str, device: torch.device, *, folder: Path | None, offline: bool) -> Any:
+    """Let pyiqa create a metric, without running code from a pickle or a hub; `offline`: no file is fetched by URL."""
+    import pyiqa
+
+    waiting = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_S)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(_safe_load())
+            if offline:
+                stack.enter_context(_no_downloads())
+            if name.startswith("afine") and folder is not None:
+                stack.enter_context(_clip_in(folder))
+            if name == "qalign":
+                stack.enter_context(_no_code_from_the_hub())
+            return pyiqa.create_metric(name, device=device)
+    finally:
+        socket.setdefaulttimeout(waiting)
+
+
+def _default_places() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from pyiqa.utils.download_util import DEFAULT_CACHE_DIR
+
+    return f"{DEFAULT_CACHE_DIR}, {torch.hub.get_dir()} or {HF_HUB_CACHE}"
+
+
+@contextlib.contextmanager
+def _safe_load() -> Iterator[None]:
+    before = os.environ.get(SAFE_LOAD)
+    os.environ[SAFE_LOAD] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_LOAD]
+        else:
+            os.environ[SAFE_LOAD] = before
+
+
+class _Refusing(urllib.request.OpenerDirector):
+    """What urlopen uses while nothing may be downloaded: the error names the file."""
+
+    def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
+        """Raise FileNotFoundError."""
+        url = fullurl if isinstance(fullurl, str) else fullurl.full_url
+        raise FileNotFoundError(f"{url.rpartition('/')[2]} is missing")
+
+
+@contextlib.contextmanager
+def _no_downloads() -> Iterator[None]:
+    urllib.request.install_opener(_Refusing())
+    try:
+        yield
+    finally:
+        urllib.request.install_opener(urllib.request.build_opener())
+
+
+@contextlib.contextmanager
+def _clip_in(folder: Path) -> Iterator[None]:
+    """A-FINE's copy of CLIP's loader looks into the home folder; let it look where pyiqa's other CLIP metrics do."""
+    from pyiqa.archs import afine_arch
+
+    root = str(folder / "torch" / "hub" / "clip")
+    with replaced(afine_arch, "load", functools.partial(afine_arch.load, download_root=root)):
+        yield
+
+
+@contextlib.contextmanager
+def _no_code_from_the_hub() -> Iterator[None]:
+    """pyiqa trusts Q-Align's repository with code; its classes are pyiqa's own, so none is needed."""
+    from transformers import GenerationMixin
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("code from a hub is not run")
+
+    with replaced(GenerationMixin, "load_custom_generate", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(owner: ModuleType | type, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Give a module or class another function for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
