@@ -20,14 +20,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed. memory: (stage, subject) -> what its process holds on a GPU; host: what train holds beside
-    the GPU; missing: what is not known."""
+    """All that is printed. memory: (stage, subject) -> what its process holds on a GPU; missing: what is not known."""
 
     title: str
     rows: list[Row]
     models: dict[str, str]
     memory: dict[tuple[str, str], list[Need]]
-    host: list[str]
     missing: list[str]
 
 
@@ -41,8 +39,7 @@ def make(
     footprints, missing = load_footprints(config, architecture)
     rows = Planner(config, facts, footprints).rows()
     models = {name: describe(found, architecture) for name, found in footprints.items()}
-    memory_needs, host = needs(config, footprints), host_memory(config, rows)
-    return Plan(title, rows, models, memory_needs, host, missing + unknown(config, rows))
+    return Plan(title, rows, models, needs(config, footprints), missing + unknown(config, rows))
 
 
 def load_footprints(config: Config, architecture: str) -> tuple[dict[str, Footprint], list[str]]:
@@ -79,13 +76,6 @@ def needs(config: Config, footprints: Mapping[str, Footprint]) -> dict[tuple[str
             size = config.datasets[run.dataset].hr_size
             table["train", name] = memory.train(footprints[root], run.train, top=run.pairs.top, size=size)
     return table
-
-
-def host_memory(config: Config, rows: Sequence[Row]) -> list[str]:
-    """Return a line for each run: training reads the embeddings of all its prompts at once."""
-    sizes = {row.subject: row.num_bytes for row in rows if row.stage == "embed"}
-    found = {name: sizes[f"{run.dataset}, {config.root_policy(run.reference)}"] for name, run in config.runs.items()}
-    return [f"train, {name}: {size_text(size)} of embeddings" for name, size in found.items() if size is not None]
 
 
 def unknown(config: Config, rows: Sequence[Row]) -> list[str]:
@@ -147,8 +137,6 @@ def text(plan: Plan) -> str:
     blocks.append("\n".join(["models", *(f"  {name}: {said}" for name, said in plan.models.items())]))
     if plan.memory:
         blocks.append(memory_text(plan.memory))
-    if plan.host:
-        blocks.append("\n".join(["host memory of each process", *(f"  {line}" for line in plan.host)]))
     if plan.missing:
         blocks.append("\n".join(["not known", *(f"  {line}" for line in plan.missing)]))
     blocks.append("\n".join(["assumptions", *(f"  {line}" for line in ASSUMPTIONS)]))
@@ -184,7 +172,7 @@ def as_json(plan: Plan) -> str:
         for (stage, subject), found in plan.memory.items()
     ]
     whole = {"title": plan.title, "rows": rows, "totals": totals(plan.rows), "models": plan.models, "memory": needed}
-    return json.dumps(whole | {"host": plan.host, "missing": plan.missing, "assumptions": ASSUMPTIONS}, indent=1) + "\n"
+    return json.dumps(whole | {"missing": plan.missing, "assumptions": ASSUMPTIONS}, indent=1) + "\n"
 
 
 def title(config_path: Path, overlays: Sequence[Path], results: str) -> str:

@@ -25,7 +25,9 @@ def blocks(language: str) -> list[str]:
 def overlay(tmp_path: Path) -> Path:
     """Return a folder with the README's mine.yaml and the repository's config."""
     (text,) = blocks("yaml")
-    (tmp_path / "my-controlnet").mkdir()  # the control weights are an input of the rollouts
+    (tmp_path / "my-controlnet").mkdir()  # control weights and model are inputs of the rollouts
+    (tmp_path / "my-sd" / "scheduler").mkdir(parents=True)
+    (tmp_path / "my-sd" / "scheduler" / "scheduler_config.json").touch()
     (tmp_path / "mine.yaml").write_text(text.replace("/models/", f"{tmp_path}/"))
     (tmp_path / "config").symlink_to(ROOT / "config")
     return tmp_path
