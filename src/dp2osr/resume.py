@@ -97,6 +97,13 @@ class Parts:
         except FileNotFoundError:
             return None
 
+    def names(self) -> list[str]:
+        """Return the names of the finished parts."""
+        try:
+            return sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        except FileNotFoundError:
+            return []
+
     def put(self, name: str, data: bytes) -> None:
         """Keep a finished part."""
         write_bytes(self.folder / name, data)

@@ -59,6 +59,15 @@ def read_shard(path: Path | str) -> Iterator[Sample]:
         yield key, fields
 
 
+def count_samples(path: Path | str) -> int:
+    """Return the number of samples, from the members' headers alone."""
+    try:
+        with tarfile.open(path) as tar:
+            return len({member.name.partition(".")[0] for member in tar})
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"shard {path}: truncated or damaged ({error}); delete it and run again") from None
+
+
 def _check_end(path: Path | str, end: int) -> None:
     """A tar that was cut between two members reads without an error: the two zero blocks at its end are missing."""
     with Path(path).open("rb") as handle:

@@ -80,6 +80,15 @@ def test_parts_are_found_again_under_the_same_mark(tmp_path: Path) -> None:
     assert resume.Parts(tmp_path / "out2.tar", "mark").get("0") is None
 
 
+def test_parts_are_listed_by_name(tmp_path: Path) -> None:
+    parts = resume.Parts(tmp_path / "out.tar", "mark")
+    assert parts.names() == []
+    for name in ("b", "a"):
+        parts.put(name, b"")
+    (parts.folder / ".c.host-1.tmp").touch()
+    assert parts.names() == ["a", "b"]
+
+
 def test_parts_lie_beside_the_output_and_go_with_it(tmp_path: Path) -> None:
     for mark in ("old", "new"):
         resume.Parts(tmp_path / "out.tar", mark).put("0", b"")

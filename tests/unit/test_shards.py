@@ -36,6 +36,13 @@ def test_samples_are_read_as_written(shard: Path) -> None:
     assert list(shards.read_shard(shard)) == SAMPLES
 
 
+def test_samples_are_counted(shard: Path, tmp_path: Path) -> None:
+    assert shards.count_samples(shard) == len(list(shards.read_shard(shard)))
+    (tmp_path / "no.tar").write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"no.tar: truncated or damaged"):
+        shards.count_samples(tmp_path / "no.tar")
+
+
 def test_an_empty_shard(tmp_path: Path) -> None:
     shards.write_shard(tmp_path / "shard.tar", [])
     assert list(shards.read_shard(tmp_path / "shard.tar")) == []

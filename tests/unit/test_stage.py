@@ -95,6 +95,22 @@ def test_progress_yields_everything_and_says_so_at_the_end(caplog: pytest.LogCap
     assert caplog.messages[0].startswith("images: 3 of 3")
 
 
+def test_progress_leaves_out_of_the_rate_what_was_kept(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 3.0, 5.0, 7.0])
+    monkeypatch.setattr(stage.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        assert len(list(stage.progress("abcd", 5, "images", logging.getLogger("x"), every_s=4, kept=1))) == 4
+    assert caplog.messages == ["images: 3 of 5, 0.50/s, 4 s left"]
+
+
+def test_progress_where_all_was_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        list(stage.progress("ab", 2, "images", logging.getLogger("x"), kept=2))
+    assert caplog.messages == ["images: 2 of 2, 0.00/s, 0 s left"]
+
+
 def test_help_of_every_stage_loads_no_torch() -> None:
     code = (
         "import importlib, sys\n"

@@ -1,6 +1,7 @@
 """Controls made from another policy's candidates: blurred, their mean, or plain bicubic enlargement."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
     from dp2osr.shards import Sample
+
+
+LOG = logging.getLogger("derive")
 
 
 class DeriveJob(Strict):
@@ -88,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--candidates", type=Path, required=True, help="output: shard of candidates")
     stage.config_arg(parser, DeriveJob)
     args = stage.parse_args(parser, argv)
-    from dp2osr.shards import read_shard, write_shard
+    from dp2osr.shards import count_samples, read_shard, write_shard
 
-    samples = (sample for path in args.source for sample in read_shard(path))
+    read = (sample for path in args.source for sample in read_shard(path))
+    samples = stage.progress(read, sum(map(count_samples, args.source)), "images read", LOG)
     kinds = {"blur": blurred, "mean": averaged, "bicubic": enlarged}
     write_shard(args.candidates, kinds[args.config.kind](samples, args.config))
 

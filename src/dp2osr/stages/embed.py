@@ -1,5 +1,6 @@
 """Text embeddings of one shard, computed once for each distinct prompt, and those of the negative prompt."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from dp2osr.config import PolicySettings
 if TYPE_CHECKING:
     from dp2osr.models.backend import Backend, Embeddings
 
+LOG = logging.getLogger("embed")
 BATCH = 32  # prompts in one pass of the text encoder
 
 
@@ -17,7 +19,9 @@ def embed(backend: "Backend", prompts: Sequence[str]) -> "Embeddings":
     """Return the embeddings of prompts, first dimension P, computed in batches."""
     import torch
 
-    batches = [backend.embed_prompts(prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
+    starts = range(0, len(prompts), BATCH)
+    each = stage.progress(starts, len(starts), f"batches of {BATCH} prompts", LOG)
+    batches = [backend.embed_prompts(prompts[start : start + BATCH]) for start in each]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = resume.Parts(args.encoded, mark)
     options = {"index": TarIndex(args.candidates), "lr": args.lr, "parts": parts, "batch_size": args.batch_size}
     samples = encode(backend, wanted, **options)
-    shards.write_shard(args.encoded, stage.progress(samples, len(wanted), "groups encoded", logger))
+    kept = sum(group_id in wanted for group_id in parts.names())
+    shards.write_shard(args.encoded, stage.progress(samples, len(wanted), "groups encoded", logger, kept=kept))
     parts.clear()
 
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dp2osr.iqa import niqe
 
     settings = args.config
-    images = hr_images(args.lr)
+    images = hr_images(stage.progress(args.lr, len(args.lr), "shards", LOG))
     mean, covariance = niqe.fit(images, block_size=settings.block_size, sharpness=settings.sharpness)
     niqe.save(args.niqe, mean, covariance, block_size=settings.block_size)
 

@@ -3,7 +3,8 @@
 Reads SCORES/{group}/shard-{shard}.block-{block}.parquet for every metric group, shard and block of the config.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,8 @@ from dp2osr.config import RewardSettings
 from dp2osr.preference import reward
 from dp2osr.preference.columns import read_columns
 from dp2osr.strict import Count, Strict
+
+LOG = logging.getLogger("reward")
 
 
 class RewardJob(Strict):
@@ -31,7 +34,7 @@ def score_paths(folder: Path, job: RewardJob) -> list[Path]:
     return [folder / group / name for group in job.groups for name in names]
 
 
-def read_scores(paths: Sequence[Path]) -> Iterator[pa.Table]:
+def read_scores(paths: Iterable[Path]) -> Iterator[pa.Table]:
     """Yield the tables one at a time, checked, without their statuses: a score that is not finite says it too."""
     for path in paths:
         columns = ["group_id", "rollout", "metric", "score"]
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=Path, required=True, help="scale table to write")
     args = stage.parse_args(parser, argv)
     job: RewardJob = args.config
-    scores = read_scores(score_paths(args.scores, job))
+    paths = score_paths(args.scores, job)
+    scores = read_scores(stage.progress(paths, len(paths), "score tables", LOG))
     cube = reward.make_cube(scores, num_rollouts=min(job.num_candidates, job.reward.num_rollouts))
     rewards, scales = reward.rewards_of(cube, job.reward)
     tables.write(scales, args.scales, tables.SCALES, sort=False)

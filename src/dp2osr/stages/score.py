@@ -109,19 +109,24 @@ def _references(groups: Sequence[str], hr: Mapping[str, bytes], images: "torch.T
 
 
 def score_all(
-    candidates: Iterable[Candidate], hr: Mapping[str, bytes], scorer: "Scorer", parts: resume.Parts
+    candidates: Iterable[Candidate],
+    hr: Mapping[str, bytes],
+    scorer: "Scorer",
+    parts: resume.Parts,
+    *,
+    num_candidates: int,
 ) -> pd.DataFrame:
     """Score chunk by chunk, taking finished chunks from `parts`. Returns rows of tables.SCORES."""
     rows: list[list[Any]] = []
-    source, number = iter(candidates), 0
-    while chunk := list(islice(source, CHUNK)):
+    source, total = iter(candidates), -(-num_candidates // CHUNK)
+    chunks = iter(lambda: list(islice(source, CHUNK)), [])
+    named = stage.progress(chunks, total, f"chunks of {CHUNK} candidates", LOG, kept=len(parts.names()))
+    for number, chunk in enumerate(named):
         name = f"{number:06d}.json"
         if (data := parts.get(name)) is None:
             data = json.dumps(score_chunk(chunk, hr, scorer)).encode()
             parts.put(name, data)
         rows += json.loads(data)
-        number += 1
-        LOG.info("scored %d candidates", (number - 1) * CHUNK + len(chunk))
     return pd.DataFrame(rows, columns=tables.SCORES.names)
 
 
@@ -151,6 +156,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: candidates, HR and NIQE's model in, the block's score table out."""
     args = parse_args(argv)
+    from dp2osr import shards
     from dp2osr.iqa.metric import Scorer
 
     job: ScoreJob = args.config
@@ -159,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = resume.Parts(args.scores, resume.fingerprint(*settings, *files))
     device = stage.device(args.device)
     scorer = Scorer(job.metrics, device=device, niqe=args.niqe, niqe_block=job.niqe_block, batch_size=args.batch_size)
-    frame = score_all(read_candidates(args.candidates), read_hr(args.lr), scorer, parts)
+    count = shards.count_samples(args.candidates)
+    frame = score_all(read_candidates(args.candidates), read_hr(args.lr), scorer, parts, num_candidates=count)
     tables.write(frame, args.scores, tables.SCORES)
     parts.clear()
     log_summary(frame, scorer)
