@@ -72,6 +72,12 @@ def planned_jobs(finished: Workflow) -> dict[str, Planned]:
     return jobs
 
 
+def tell(process: psutil.Process, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
 @dataclass
 class Killer:
     """Runs a workflow and kills its jobs until each rule's were hit often enough."""
@@ -96,7 +102,7 @@ class Killer:
                     goes_on = target is not None and self.attack(snakemake, *target)
                     if target is None:
                         assert snakemake.returncode == 0, f"Snakemake failed: {self.hits}, {self.misses}"
-                        self.unseen = self.wanted()  # their jobs ran while another rule's was waited for
+                        self.unseen = self.wanted()  # their jobs were over before they were seen
                         self.misses.update(self.unseen)
 
     def wanted(self) -> set[str]:
@@ -128,13 +134,31 @@ class Killer:
     def next_target(self, snakemake: psutil.Popen) -> tuple[psutil.Process, Planned] | None:
         """Wait for a job of a rule that is still to be killed; None once Snakemake has ended."""
         while snakemake.poll() is None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in snakemake.children(recursive=True):
-                    job = self.job_of(process)
-                    if job and job.rule in self.wanted():
-                        return process, job
+            for process, job in self.running(snakemake):
+                if job.rule in self.wanted():
+                    return process, job
+                tell(process, signal.SIGCONT)  # another job of its rule was killed
             time.sleep(POLL_S)
         return None
+
+    def running(self, snakemake: psutil.Popen) -> Iterator[tuple[psutil.Process, Planned]]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in snakemake.children(recursive=True):
+                if job := self.job_of(process):
+                    yield process, job
+
+    def wait(self, snakemake: psutil.Popen, process: psutil.Process, rule: str, seconds: float) -> bool:
+        """Let a job work for some seconds while those of other rules to be killed stand still; whether it has ended."""
+        tell(process, signal.SIGCONT)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for other, job in self.running(snakemake):
+                if job.rule != rule and job.rule in self.wanted():
+                    tell(other, signal.SIGSTOP)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout=POLL_S)
+                return True
+        return False
 
     def job_of(self, process: psutil.Process) -> Planned | None:
         """Return the job that a process is, by the log that its errors go to."""
@@ -152,8 +176,7 @@ class Killer:
         number, began = self.hits[job.rule], time.monotonic()
         share = (number + self.chance.random()) / self.kills
         moment = share * self.lasted.get(job.rule, job.seconds)
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(timeout=moment)
+        if self.wait(snakemake, process, job.rule, moment):
             self.lasted[job.rule] = time.monotonic() - began
             self.misses[job.rule] += 1
             self.kill_all(snakemake)
