@@ -1,5 +1,6 @@
 """The flow backend: tokens, control weights in each layout, samplers, tiles, half precision."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,13 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, tiny_model: Path,
         found.append([parameter.grad for parameter in branch.parameters() if parameter.grad is not None])
     assert len(found[0]) == len(found[1]) > 10
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer_2"])
+def test_a_truncated_file_names_its_part(part: str, tiny_flux: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux, tmp_path / "model")
+    folder = tmp_path / "model" / part
+    file = next(folder.glob("*.safetensors"), folder / "tokenizer.json")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"{part}: cannot be loaded"):
+        load_backend(policy(tmp_path / "model", "flux"), device=CPU)

@@ -25,7 +25,7 @@ def load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
     """Load one folder of a model; raises UserError that names it."""
     try:
         found = kind.from_pretrained(folder / part, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model {folder / part}: cannot be loaded ({first}); wanted diffusers' layout") from None
     if isinstance(found, diffusers.ModelMixin):
