@@ -6,6 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 CORES ?= 2
+WORKERS ?= 2
 PINS := envs/requirements.txt envs/bootstrap.txt pyproject.toml
 STAMP := .venv/.installed-$(shell cat $(PINS) | cksum | tr ' ' -)
 PY := .venv/bin/python
@@ -44,7 +45,7 @@ base: env ## train the embedded model again from images (long)
 	@$(WORKFLOW) build/tiny-sd $(SNAKEMAKE) --configfile config/pretrain.yaml -- pretrain
 
 test: env ## all tests that need no GPU
-	@start=$$SECONDS; $(PY) -m pytest -q; echo "tests passed in $$((SECONDS - start)) s"
+	@start=$$SECONDS; $(PY) -m pytest -q -n $(WORKERS) --dist worksteal; echo "tests passed in $$((SECONDS - start)) s"
 
 cluster: env ## the workflow through a private SLURM on this machine, and what breaks there (root; else skipped)
 	@start=$$SECONDS; $(PY) -m pytest -q tests/cluster; echo "cluster tests passed in $$((SECONDS - start)) s"

@@ -3,11 +3,13 @@
 import copy
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from workflow_rig import Workflow
@@ -43,6 +45,18 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that `make` fills once for all workers of pytest-xdist; the others wait for it."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (factory.getbasetemp().parent if parallel else factory.getbasetemp()) / name
+    done = folder.with_name(f"{name}.done")
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a random model of a few thousand weights in diffusers' layout (tests/tiny.py)."""
@@ -51,7 +65,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     torch.set_num_threads(1)
-    return tiny.build(tmp_path_factory.mktemp("tiny") / "model")
+    return made_once(tmp_path_factory, "tiny-model", tiny.build)
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +84,8 @@ def smallest(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Wor
     """Return the workflow of tests/data/smallest.yaml, run once from images to report for all tests."""
     import workflow_rig
 
-    workflow = workflow_rig.smallest(tmp_path_factory.mktemp("smallest"), tiny_model)
-    workflow.run()
-    return workflow
+    folder = made_once(tmp_path_factory, "smallest", lambda path: workflow_rig.smallest(path, tiny_model).run())
+    return workflow_rig.smallest(folder, tiny_model)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

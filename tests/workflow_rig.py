@@ -57,7 +57,7 @@ class Workflow:
         self.directory.mkdir(parents=True, exist_ok=True)
         files = list(self.config_files)
         if changes:
-            files.append(self.directory / "changes.json")
+            files.append(self.directory / f"changes-{os.getpid()}.json")  # two workers may ask at once
             files[-1].write_text(json.dumps(changes))
         command = [sys.executable, *python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile"]
         command += ["--directory", self.directory, "--configfile", *files, "--nocolor", *arguments]

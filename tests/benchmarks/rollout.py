@@ -75,7 +75,7 @@ def one_by_one(
 ) -> torch.Tensor:
     """Return the same candidates from StableDiffusionControlNetPipeline."""
     pipeline = diffusers.StableDiffusionControlNetPipeline(
-        vae=backend.vae,
+        vae=backend.autoencoder.vae,
         text_encoder=backend.text_encoder,
         tokenizer=backend.tokenizer,
         unet=backend.unet,
