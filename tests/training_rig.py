@@ -57,7 +57,7 @@ def write_files(folder: Path) -> dict[str, Path]:
     for group in GROUPS:
         latents = torch.randn(8, 4, SIZE // 2, SIZE // 2, generator=generator)
         control = torch.rand(3, SIZE, SIZE, generator=generator)
-        samples.append((group, {FIELD: dump_group(latents, range(8), control)}))
+        samples.append((group, {FIELD: dump_group(latents, range(8), control=control)}))
     shards.write_shard(paths["shard-0.tar"], samples[:1])
     shards.write_shard(paths["shard-1.tar"], samples[1:])
     embed = {"prompt_embeds": torch.randn(2, 77, TEXT, generator=generator)}
@@ -85,7 +85,7 @@ def make_backend(model: Path) -> Backend:
 
 def make_feed(paths: dict[str, Path], backend: Backend) -> Feed:
     """Return the source of training images of `write_files`."""
-    pack = Pack([paths["shard-0.tar"], paths["shard-1.tar"]])
+    pack = Pack([paths["shard-0.tar"], paths["shard-1.tar"]], backend.prepare_control)
     return Feed(
         pack=pack,
         embeddings=read_embeddings(paths["embeddings.safetensors"])[0],

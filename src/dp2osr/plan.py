@@ -268,14 +268,15 @@ class Planner:
         """Rows of what is done once a run."""
         for name, run in self.config.runs.items():
             root = self.config.root_policy(run.reference)
-            shards, size = self.config.datasets[run.dataset].num_shards, self.config.datasets[run.dataset].hr_size
-            top = run.pairs.top
+            settings, top = self.config.datasets[run.dataset], run.pairs.top
+            lr_bytes = PNG_BYTES * (settings.hr_size / settings.degradation.scale) ** 2
             groups = self.facts.images.get(run.dataset)
             selected = None if groups is None else Amount(groups.count * 2 * top, groups.source, True)
             found = self.footprints.get(root)
-            each = found.encoded_bytes(size, 2 * top) / (2 * top) + SAMPLE_BYTES / (2 * top) if found else None
+            size = found.encoded_bytes(settings.hr_size, 2 * top, lr_bytes=lr_bytes) + SAMPLE_BYTES if found else None
+            each = None if size is None else size / (2 * top)
             yield self._row("select_pairs", name, 1, images=None)
-            yield self._row("encode", name, shards, images=selected, kind=root, each=each)
+            yield self._row("encode", name, settings.num_shards, images=selected, kind=root, each=each)
             yield self._train(name, root)
             for dataset in run.tests:
                 yield self._row("evaluate", f"{name}, {dataset}", 1, images=None)

@@ -54,12 +54,12 @@ def random_feed(backend: Backend, groups: list[str], args: argparse.Namespace, f
     samples = []
     for group in groups:
         latents = backend.encode_images(torch.rand(2 * args.top, 3, args.size, args.size))
-        data = dump_group(latents, range(2 * args.top), torch.rand(3, args.size, args.size))
+        data = dump_group(latents, range(2 * args.top), control=torch.rand(3, args.size, args.size))
         samples.append((group, {FIELD: data}))
     shards.write_shard(folder / "encoded.tar", samples)
     prompt = {name: tensor[0] for name, tensor in backend.embed_prompts([""]).items()}
     return Feed(
-        pack=Pack([folder / "encoded.tar"]),
+        pack=Pack([folder / "encoded.tar"], backend.prepare_control),
         embeddings=dict.fromkeys(groups, prompt),
         backend=backend,
         timestep_density="uniform",

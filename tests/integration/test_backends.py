@@ -1,6 +1,8 @@
-"""Embed, rollout, encode and train on either backend, from their command lines; what comes out loads in diffusers."""
+"""From prompts to a policy on either backend, by the stages' command lines; what comes out loads in diffusers."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,85 +11,127 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import tiny_shards
 from dp2osr import resume, tables
-from dp2osr.stages import embed, encode, rollout, train
-from training_rig import DEFAULTS, make_pairs, train_settings
+from dp2osr.config import PolicySettings, TrainSettings
+from dp2osr.models.backend import load_backend
+from dp2osr.stages import embed, encode, pairs, reward, rollout, score, train
+from dp2osr.training.batches import Schedule
+from training_rig import DEFAULTS, train_settings
 
 GROUPS = tiny_shards.names(4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FLUX = {"scheduler": "FlowMatchEulerDiscreteScheduler", "guidance": 2.5, "text_tokens": 16}
+BRANCHES: dict[str, Any] = {"sd": diffusers.ControlNetModel, "flux": diffusers.FluxControlNetModel}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "sd": {"guidance": 2.0, "negative_prompt": "blur"},
+    "flux": {"scheduler": "FlowMatchEulerDiscreteScheduler", "guidance": 2.5, "text_tokens": 16},
+}
+REWARD = {"fr": ["psnr"], "nr": ["entropy"], "weight_fr": 0.5, "num_rollouts": 6}
+SEED = 1
+FILES = {
+    **{name: f"{name}.parquet" for name in ("prompts", "rewards", "scales", "pairs", "train-log", "validation")},
+    **{"lr": "lr.tar", "embeddings": "embeddings.safetensors", "candidates": "candidates.tar"},
+    **{"encoded": "encoded.tar", "policy": "policy"},
+}
 
 
-def settings_of(kind: str, model: Path, config_dict: dict[str, Any]) -> Any:
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let each training choose its precision: accelerate keeps the first for the whole process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def settings_of(kind: str, model: Path, config_dict: dict[str, Any], dtype: str) -> PolicySettings:
     config_dict["policy_defaults"] |= {"backend": kind, "native_size": 32}
-    sampling = FLUX if kind == "flux" else {"guidance": 2.0, "negative_prompt": "blur"}
-    return tiny_shards.policy(config_dict, model, **sampling)
+    found: PolicySettings = tiny_shards.policy(config_dict, model, dtype=dtype, **SAMPLING[kind])
+    return found
 
 
-def run_stages(folder: Path, policy: Any, *, control: Path, density: str) -> Path:
-    """Go from LR images and prompts to a tuned policy; return its folder."""
-    tiny_shards.write_lr(folder / "lr.tar", GROUPS)
-    rows = {"group_id": GROUPS, "prompt": ["a cat", "", "a cat", "leaves"], "status": "ok"}
-    tables.write(pd.DataFrame(rows), folder / "prompts.parquet", tables.PROMPTS)
-    tables.write(make_pairs(tuple(GROUPS)), folder / "pairs.parquet", tables.PAIRS)
-    paths = {name: str(folder / name) for name in ("lr.tar", "prompts.parquet", "pairs.parquet", "encoded.tar")}
-    paths |= {name: str(folder / name) for name in ("embeddings.safetensors", "candidates.tar")}
-    common = ["--device", "cpu"]
-    text = ["--prompts", paths["prompts.parquet"], "--embeddings", paths["embeddings.safetensors"]]
-    embed.main([*text, *common, "--config", policy.model_dump_json()])
-    job = {"policy": policy.model_dump(), "seed": 7, "first": 0, "count": 6, "scale": 4, "image_format": "png"}
-    inputs = ["--lr", paths["lr.tar"], "--embeddings", paths["embeddings.safetensors"], "--control", str(control)]
-    sampled = ["--batch-size", "5", "--candidates", paths["candidates.tar"]]
-    rollout.main([*inputs, *sampled, *common, "--config", json.dumps(job)])
-    inputs = ["--pairs", paths["pairs.parquet"], "--candidates", paths["candidates.tar"], "--lr", paths["lr.tar"]]
-    encode.main([*inputs, "--encoded", paths["encoded.tar"], *common, "--config", policy.model_dump_json()])
-    training = train_settings(timestep_density=density, gradient_checkpointing=True, learning_rate=1e-4)
-    job = {
-        "run": "test",
-        "policy": policy.model_dump(),
-        "train": training.model_dump(),
-        "reward": DEFAULTS["rewards"]["default"],
-        "niqe_block": 32,
-        "seed": 1,
-        "base_seed": 0,
-    }
-    inputs = ["--pairs", paths["pairs.parquet"], "--encoded", paths["encoded.tar"], "--reference", str(control)]
-    outputs = [str(folder / name) for name in ("policy", "train_log.parquet", "validation.parquet")]
-    named = [part for pair in zip(("--policy", "--train-log", "--validation"), outputs, strict=True) for part in pair]
-    arguments = [*inputs, "--embeddings", paths["embeddings.safetensors"], *named]
-    train.main([*arguments, *common, "--config", json.dumps(job)])
-    return folder / "policy"
+def run_stages(folder: Path, policy: PolicySettings, *, control: Path, training: TrainSettings) -> None:
+    """Go from LR images and prompts to a tuned policy, all in a folder."""
+    settings, device = policy.model_dump(), ["--device", "cpu"]
+    tiny_shards.write_lr(folder / FILES["lr"], GROUPS)
+    prompts = pd.DataFrame({"group_id": GROUPS, "prompt": ["a cat", "", "a cat", "leaves"], "status": "ok"})
+    tables.write(prompts, folder / FILES["prompts"], tables.PROMPTS)
+
+    def arguments(job: Any, *names: str) -> list[str]:
+        paths = [part for name in names for part in (f"--{name}", str(folder / FILES[name]))]
+        return [*paths, "--config", json.dumps(job)]
+
+    embed.main([*arguments(settings, "prompts", "embeddings"), *device])
+    job: dict[str, Any] = {"policy": settings, "seed": 7, "first": 0, "count": 6, "scale": 4, "image_format": "png"}
+    sampled = ["--control", str(control), "--batch-size", "5", *device]
+    rollout.main([*arguments(job, "lr", "embeddings", "candidates"), *sampled])
+    job = {"metrics": ["psnr", "entropy"], "niqe_block": 32}
+    table = folder / "scores" / "light" / "shard-0000.block-000.parquet"
+    score.main([*arguments(job, "candidates", "lr"), "--scores", str(table), *device])
+    cut = {"groups": ["light"], "shards": ["0000"], "blocks": ["000"], "num_candidates": 6}
+    reward.main([*arguments({"reward": REWARD, **cut}, "rewards", "scales"), "--scores", str(folder / "scores")])
+    pairs.main(arguments({"pairs": DEFAULTS["run_defaults"]["pairs"] | {"top": 2}, "seed": SEED}, "rewards", "pairs"))
+    encode.main([*arguments(settings, "pairs", "candidates", "lr", "encoded"), *device])
+    job = {"run": "test", "policy": settings, "train": training.model_dump(), "reward": REWARD}
+    job |= {"niqe_block": 32, "seed": SEED, "base_seed": 0}
+    files = arguments(job, "pairs", "encoded", "embeddings", "policy", "train-log", "validation")
+    train.main([*files, "--reference", str(control), *device])
 
 
-@pytest.mark.parametrize(("kind", "density"), [("sd", "logit_normal"), ("flux", "uniform")])
+CASES = [("sd", "float32", "logit_normal"), ("flux", "float32", "uniform"), ("flux", "bfloat16", "uniform")]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize(("kind", "dtype", "density"), CASES)
 def test_from_prompts_to_a_policy_that_diffusers_loads(
     kind: str,
+    dtype: str,
     density: str,
     tiny_model: Path,
     tiny_flux: Path,
     tmp_path: Path,
     config_dict: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """bfloat16: of the networks, and of accelerate's mixed precision in training, as config/c-flux.yaml has it."""
     model = tiny_flux if kind == "flux" else tiny_model
-    policy = settings_of(kind, model, config_dict)
-    before = resume.fingerprint(model)
+    policy, before = settings_of(kind, model, config_dict, dtype), resume.fingerprint(model)
     control = tmp_path / "control" / "model.safetensors"
     control.parent.mkdir()
-    reference = load_file(model / "controlnet" / WEIGHTS)
-    save_file(reference, control)
-    tuned = run_stages(tmp_path, policy, control=control, density=density)
-    log = tables.read(tmp_path / "train_log.parquet", tables.TRAIN_LOG)
-    weights = make_pairs(tuple(GROUPS))["weight"]
-    assert log["abs_logit"].iloc[0] == 0 and (log["abs_logit"].iloc[1:] > 0).all()  # it starts as the reference
-    assert log["loss"].iloc[0] == pytest.approx(np.log(2) * weights.mean(), rel=0.2)
-    assert log["loss"].map(np.isfinite).all() and (log["grad_norm"] > 0).all()
-    branch = diffusers.FluxControlNetModel if kind == "flux" else diffusers.ControlNetModel
-    found = branch.from_pretrained(tuned).state_dict()
-    assert found.keys() == reference.keys()
-    assert any(not torch.equal(found[name], reference[name]) for name in found)
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    assert resume.fingerprint(model) == before and load_file(control).keys() == reference.keys()
-    assert all(torch.equal(value, reference[name]) for name, value in load_file(control).items())
+    published = load_file(model / "controlnet" / WEIGHTS)
+    save_file(published, control)
+    trainers: list[Any] = []
+    make = train.make_trainer
+    monkeypatch.setattr(train, "make_trainer", lambda *found: trainers.append(make(*found)) or trainers[0])
+    mixed = {"precision": "bf16" if dtype == "bfloat16" else "no", "gradient_checkpointing": True}
+    training = train_settings(timestep_density=density, learning_rate=1e-4, **mixed)
+    run_stages(tmp_path, policy, control=control, training=training)
+    check_log(tmp_path, training)
+    start = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in published.items()}
+    (trainer,) = trainers
+    assert same(trainer.reference.state_dict(), start)
+    fresh = load_backend(policy, device=torch.device("cpu"), parts=frozenset({"backbone"}))
+    assert same(trainer.feed.backend.backbone.state_dict(), fresh.backbone.state_dict())
+    assert {parameter.dtype for parameter in fresh.backbone.parameters()} == {getattr(torch, dtype)}
+    assert resume.fingerprint(model) == before and same(load_file(control), published)
+    tuned = BRANCHES[kind].from_pretrained(tmp_path / "policy").state_dict()
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in tuned.values())
+    assert tuned.keys() == start.keys() and not same(tuned, start)
+
+
+def check_log(folder: Path, training: TrainSettings) -> None:
+    """The policy starts as the reference, |z| = 0 and the loss log 2 times the weights; then it moves."""
+    log = tables.read(folder / FILES["train-log"], tables.TRAIN_LOG)
+    table = tables.read(folder / FILES["pairs"], tables.PAIRS)
+    assert table["weight"].nunique() > 1 and set(table["group_id"]) == set(GROUPS)
+    first = [weight for unit in Schedule(table, settings=training, seed=SEED).step(1) for weight in unit.weights]
+    assert log["loss"][0] == pytest.approx(math.log(2) * np.mean(first), rel=1e-5)
+    assert log["abs_logit"][0] == 0 and (log["abs_logit"][1:] > 0).all()
+    assert np.isfinite(log.select_dtypes("number")).all(axis=None) and (log["grad_norm"] > 0).all()
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts hold the same bits."""
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)

@@ -1,20 +1,27 @@
-"""The stages on a weights cache of stand-ins, with the network cut: no library so much as tries to connect."""
+"""Every stage that loads weights, on a cache of stand-ins, with the network cut: no library tries to connect."""
 
+import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+import dp2osr
 import stand_ins
+import tiny_ram
 import tiny_shards
-from dp2osr import config, fetch, tables, weights
-from dp2osr.stages.rollout import RolloutJob
+from dp2osr import fetch, stage, tables, weights
+from dp2osr.config import PolicySettings
+from training_rig import DEFAULTS, make_pairs, train_settings
 
 CUT = """
 import os, socket
@@ -27,6 +34,16 @@ def refuse(*arguments, **options):
 socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = socket.getaddrinfo = refuse
 """
 METRICS = ["lpips", "topiq_nr"]
+GROUPS = tiny_shards.names(2)
+MODELS = {"sd": "hub:owner/tiny", "flux": "hub:owner/tiny-flux"}
+TAGS = {"ram": "hub:owner/ram/ram.pth", "dape": "hub:owner/ram/dape.pth", "tag_list": "hub:owner/ram/tags.txt"}
+SAMPLING: dict[str, dict[str, Any]] = {"sd": {}, "flux": {"scheduler": "FlowMatchEulerDiscreteScheduler"}}
+STAGES = {"sd": ["prompt", "embed", "rollout", "score", "encode", "train"], "flux": ["rollout", "encode", "train"]}
+FILES = {
+    **{name: f"{name}.parquet" for name in ("images", "prompts", "pairs", "scores", "scales", "train-log")},
+    **{"lr": "lr.tar", "candidates": "candidates.tar", "encoded": "encoded.tar", "policy": "policy"},
+    **{"embeddings": "embeddings.safetensors", "validation": "validation.parquet"},
+}
 
 
 def no_interface() -> list[str]:
@@ -40,87 +57,178 @@ NO_INTERFACE = no_interface()
 
 
 @pytest.fixture(scope="module")
-def cache(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a cache that holds the tiny model and two metrics, with its manifest."""
-    folder = tmp_path_factory.mktemp("weights")
-    stand_ins.add_repository(folder / "hub", "owner/tiny", tiny_model)
+def cache(tiny_model: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache that holds both tiny models, a tagger and two metrics, with its manifest."""
+    folder, ram = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("ram")
+    tiny_ram.write(ram)
+    for repo, source in (("owner/tiny", tiny_model), ("owner/tiny-flux", tiny_flux), ("owner/ram", ram)):
+        stand_ins.add_repository(folder / "hub", repo, source)
     stand_ins.add_alexnet(folder / "torch")
     stand_ins.lpips_state(folder / "torch" / "hub" / "pyiqa" / stand_ins.lpips_name())
     stand_ins.add_topiq_nr(folder)
-    items = ["hub:owner/tiny", "hub:owner/tiny/controlnet", *(f"metric:{name}" for name in METRICS)]
-    fetch.fetch(items, folder, offline=True)
+    items = [*MODELS.values(), *(f"{model}/controlnet" for model in MODELS.values()), *TAGS.values()]
+    fetch.fetch([*items, *(f"metric:{name}" for name in METRICS)], folder, offline=True)
     return folder
 
 
 class Cut:
-    """Runs stages in a folder, on a cache, without network."""
+    """Runs the stages of one backend in a folder, on a cache, without network."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path, kind: str) -> None:
         self.folder, self.cache, self.attempts = folder, cache, folder / "attempts.log"
+        self.policy = settings(MODELS[kind], kind)
+        self.metrics = METRICS if kind == "sd" else []
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(CUT)
 
-    def run(self, stage: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, stage: str) -> subprocess.CompletedProcess[str]:
         """Run one stage as a rule does."""
         told = {weights.VARIABLE: str(self.cache), weights.CONFIGFILES: "config/c-sd2.yaml", "HF_HUB_OFFLINE": "1"}
-        told |= {"HOME": str(self.folder), "PYTHONPATH": str(self.folder / "site"), "ATTEMPTS": str(self.attempts)}
+        path = os.pathsep.join([str(self.folder / "site"), str(Path(dp2osr.__file__).parents[1])])
+        told |= {"HOME": str(self.folder), "PYTHONPATH": path, "ATTEMPTS": str(self.attempts), "OMP_NUM_THREADS": "1"}
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        command = [*NO_INTERFACE, sys.executable, "-m", f"dp2osr.stages.{stage}", *map(str, arguments)]
-        environment = {**kept, **told, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        command = [*NO_INTERFACE, sys.executable, "-m", f"dp2osr.stages.{stage}", *self.arguments(stage)]
+        return subprocess.run(command, env=kept | told, capture_output=True, text=True, timeout=300, check=False)
 
-    def score(self, *metrics: str) -> subprocess.CompletedProcess[str]:
-        """Score the candidates."""
-        paths = ["--candidates", self.folder / "candidates.tar", "--lr", self.folder / "lr.tar"]
-        job = json.dumps({"metrics": metrics, "niqe_block": 32})
-        return self.run("score", *paths, "--device", "cpu", "--config", job, "--scores", self.folder / "scores.parquet")
+    def files(self, *names: str, prefix: str = "") -> list[str]:
+        """Return the options of some files, which are called as the files are."""
+        return [part for name in names for part in (f"--{prefix}{name}", str(self.folder / FILES[name]))]
+
+    def arguments(self, stage: str) -> list[str]:
+        """Return a stage's command line."""
+        policy, metrics = self.policy.model_dump(), self.metrics
+        job: dict[str, Any] = {
+            "prompt": {"source": "tags", "tags": {**TAGS, "thresholds": "", "threshold": 0.5}},
+            "rollout": {"policy": policy, "seed": 7, "first": 0, "count": 6, "scale": 4, "image_format": "png"},
+            "score": {"metrics": [*metrics, "psnr"], "niqe_block": 32},
+            "train": {"run": "test", "policy": policy, "train": self.training(), "reward": reward(metrics)}
+            | {"niqe_block": 32, "seed": 1, "base_seed": 7},
+        }.get(stage, policy)
+        control = ["--reference" if stage == "train" else "--control", str(self.policy.control)]
+        val = self.files("lr", "embeddings", "scales", prefix="val-")
+        paths = {
+            "prompt": [*self.files("images", "lr", "prompts"), "--shard", "0"],
+            "embed": self.files("prompts", "embeddings"),
+            "rollout": [*self.files("lr", "embeddings", "candidates"), *control, "--batch-size", "6"],
+            "score": self.files("candidates", "lr", "scores"),
+            "encode": self.files("pairs", "candidates", "lr", "encoded"),
+            "train": [
+                *self.files("pairs", "encoded", "embeddings", "policy", "train-log", "validation"),
+                *control,
+                *val,
+            ],
+        }
+        return [*paths[stage], "--device", "cpu", "--config", json.dumps(job)]
+
+    def training(self) -> dict[str, Any]:
+        """Two steps; where there are metrics, the guard looks after each and never stops the training."""
+        guard = {"every": int(bool(self.metrics)), "min_diversity": 0.0, "max_reward_drop": 9.0, "patience": 9}
+        return train_settings(steps=2, guard=guard).model_dump()
 
 
-def settings(config_dict: dict[str, Any]) -> config.PolicySettings:
-    found = tiny_shards.policy(config_dict, Path("unused"))
-    return found.model_copy(update={"model": "hub:owner/tiny", "control": "hub:owner/tiny/controlnet"})
+def settings(model: str, kind: str) -> PolicySettings:
+    """Return a policy on a tiny model of a kind, whose control branch is a folder of it."""
+    base = {"policy_defaults": DEFAULTS["policy_defaults"] | {"backend": kind, "native_size": 32}}
+    found: PolicySettings = tiny_shards.policy(base, Path("unused"), text_tokens=16, **SAMPLING[kind])
+    return found.model_copy(update={"model": model, "control": f"{model}/controlnet"})
 
 
-def test_stages_run_with_the_network_cut(tmp_path: Path, cache: Path, config_dict: dict[str, Any]) -> None:
-    cut, policy, groups = Cut(tmp_path, cache), settings(config_dict), tiny_shards.names(2)
-    tiny_shards.write_lr(tmp_path / "lr.tar", groups)
-    prompts = pd.DataFrame({"group_id": groups, "prompt": ["a bird", ""], "status": ["ok", "missing"]})
-    tables.write(prompts, tmp_path / "prompts.parquet", tables.PROMPTS)
-    embeddings = ["--embeddings", tmp_path / "embeddings.safetensors"]
-    how = ["--device", "cpu", "--config"]
-    done = [cut.run("embed", "--prompts", tmp_path / "prompts.parquet", *how, policy.model_dump_json(), *embeddings)]
-    job = RolloutJob(policy=policy, seed=7, first=0, count=2, scale=4, image_format="png").model_dump_json()
-    paths = ["--lr", tmp_path / "lr.tar", *embeddings, "--control", policy.control]
-    done.append(cut.run("rollout", *paths, *how, job, "--batch-size", "2", "--candidates", tmp_path / "candidates.tar"))
-    done.append(cut.score(*METRICS, "psnr"))
-    assert [each.returncode for each in done] == [0, 0, 0], "\n".join(each.stderr[-2000:] for each in done)
-    scores = tables.read(tmp_path / "scores.parquet", tables.SCORES)
+def reward(metrics: list[str]) -> dict[str, Any]:
+    fr, nr = (metrics[:1], metrics[1:]) if metrics else (["psnr"], [])
+    return {"fr": fr, "nr": nr, "weight_fr": 0.5 if nr else 1.0, "num_rollouts": 6}
+
+
+def write_inputs(folder: Path) -> None:
+    """Write what stages without weights make: the table of images, LR images, pairs and scales."""
+    tiny_shards.write_lr(folder / FILES["lr"], GROUPS)
+    table = {field.name: "" if field.type == "string" else 0 for field in tables.IMAGES}
+    images = pd.DataFrame({"image_id": GROUPS}).assign(**{k: v for k, v in table.items() if k != "image_id"})
+    small = {name: "int32" for name in ("width", "height", "crop_x", "crop_y", "crop_size", "shard")}
+    tables.write(images.assign(status="ok").astype(small), folder / FILES["images"], tables.IMAGES)
+    tables.write(make_pairs(tuple(GROUPS)), folder / FILES["pairs"], tables.PAIRS)
+    scales = [{"group_id": group, "metric": name, "min": 0.0, "max": 1.0} for group in GROUPS for name in METRICS]
+    tables.write(pd.DataFrame(scales), folder / FILES["scales"], tables.SCALES)
+
+
+@pytest.fixture(scope="module")
+def done(cache: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut]:
+    """Return, by backend, a folder in which all stages that load weights have run without network."""
+    found = {kind: Cut(tmp_path_factory.mktemp(kind), cache, kind) for kind in STAGES}
+    local = settings(str(tiny_flux), "flux")
+    tiny_shards.write_embeddings(found["flux"].folder / FILES["embeddings"], GROUPS, local)
+    for kind, cut in found.items():
+        write_inputs(cut.folder)
+        for name in STAGES[kind]:
+            ran = cut.run(name)
+            assert ran.returncode == 0, f"{kind}, {name}: {ran.stderr[-3000:]}"
+    return found
+
+
+def test_stages_run_with_the_network_cut(done: dict[str, Cut]) -> None:
+    for kind, cut in done.items():
+        assert not cut.attempts.exists(), f"{kind}: {cut.attempts.read_text()}"
+        log = tables.read(cut.folder / FILES["train-log"], tables.TRAIN_LOG)
+        assert log["step"].tolist() == [1, 2] and log["loss"].notna().all()
+        assert (cut.folder / "policy" / "config.json").is_file()
+    folder = done["sd"].folder
+    prompts = tables.read(folder / FILES["prompts"], tables.PROMPTS)
+    named = {tag for text in prompts["prompt"] for tag in text.split(", ") if tag}
+    assert set(prompts["group_id"]) == set(GROUPS) and named <= set(tiny_ram.TAGS)
+    scores = tables.read(folder / FILES["scores"], tables.SCORES)
     assert set(scores["metric"]) == {*METRICS, "psnr"} and set(scores["status"]) == {"ok"}
-    assert not cut.attempts.exists(), cut.attempts.read_text()
+    validation = tables.read(folder / FILES["validation"], tables.VALIDATION)
+    assert validation["step"].tolist() == [0, 1, 2] and validation["reward"].notna().all()
 
 
-def test_what_is_missing_is_one_line_with_the_command(tmp_path: Path, cache: Path, config_dict: dict[str, Any]) -> None:
-    broken = tmp_path / "weights"
-    shutil.copytree(cache, broken, symlinks=True)
-    cut, policy = Cut(tmp_path, broken), settings(config_dict)
-    lost = broken / "torch" / "hub" / "pyiqa" / stand_ins.lpips_name()
-    lost.unlink()
-    unet = next(broken.glob("hub/models--owner--tiny/snapshots/*/unet/diffusion_pytorch_model.safetensors"))
-    unet.unlink()
-    command = f"on a machine with network run: dp2osr fetch-weights --configfile config/c-sd2.yaml --cache {broken}"
-    tiny_shards.write_lr(tmp_path / "lr.tar", tiny_shards.names(1))
-    shutil.copyfile(tmp_path / "lr.tar", tmp_path / "candidates.tar")
-    groups = pd.DataFrame({"group_id": ["a"], "prompt": [""], "status": ["ok"]})
-    tables.write(groups, tmp_path / "prompts.parquet", tables.PROMPTS)
-    paths = ["--prompts", tmp_path / "prompts.parquet", "--embeddings", tmp_path / "embeddings.safetensors"]
-    embed = cut.run("embed", *paths, "--device", "cpu", "--config", policy.model_dump_json())
-    for done, what, path in (
-        (cut.score("lpips"), "metric 'lpips'", lost),
-        (embed, "model hub:owner/tiny", unet),
-    ):
-        assert done.returncode == 1
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        told = f"{path.relative_to(broken)}: missing (weights cache {broken})"
-        assert errors == [f"error: {what}: {told}; {command}"], done.stderr[-2000:]
-    assert "Traceback" not in embed.stderr
-    assert not cut.attempts.exists()
+@contextmanager
+def without(path: Path) -> Iterator[None]:
+    """Take a file away for a while."""
+    aside = path.rename(path.with_name("aside"))
+    try:
+        yield
+    finally:
+        aside.rename(path)
+
+
+LOST = [  # backend, stage, what its error names, a file of the cache
+    ("sd", "prompt", "model hub:owner/ram/dape.pth", "hub/models--owner--ram/snapshots/*/dape.pth"),
+    ("sd", "embed", "model hub:owner/tiny", "hub/models--owner--tiny/snapshots/*/text_encoder/model.safetensors"),
+    ("sd", "rollout", "model hub:owner/tiny", "hub/models--owner--tiny/snapshots/*/unet/*.safetensors"),
+    ("sd", "score", "metric 'lpips'", f"torch/hub/pyiqa/{stand_ins.lpips_name()}"),
+    ("sd", "encode", "model hub:owner/tiny", "hub/models--owner--tiny/snapshots/*/vae/*.safetensors"),
+    ("sd", "train", "metric 'lpips'", "torch/hub/checkpoints/alexnet*"),
+    (
+        "flux",
+        "rollout",
+        "model hub:owner/tiny-flux",
+        "hub/models--owner--tiny-flux/snapshots/*/transformer/*.safetensors",
+    ),
+    ("flux", "encode", "model hub:owner/tiny-flux", "hub/models--owner--tiny-flux/snapshots/*/scheduler/*.json"),
+    ("flux", "train", "model hub:owner/tiny-flux", "hub/models--owner--tiny-flux/snapshots/*/controlnet/*.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "what", "pattern"), LOST, ids=[f"{kind}-{name}" for kind, name, *_ in LOST])
+def test_what_is_missing_is_one_line_with_the_command(
+    kind: str,
+    name: str,
+    what: str,
+    pattern: str,
+    cache: Path,
+    done: dict[str, Cut],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = {weights.VARIABLE: str(cache), weights.CONFIGFILES: "config/c-sd2.yaml"}
+    for variable, value in (told | weights.environment(cache, offline=True)).items():
+        monkeypatch.setenv(variable, value)
+    for way in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, way, lambda *_: pytest.fail("the stage tried to connect"))
+    main, (lost,) = importlib.import_module(f"dp2osr.stages.{name}").main, cache.glob(pattern)
+    with without(lost), pytest.raises(SystemExit) as stopped:
+        stage.run(lambda: main(done[kind].arguments(name)))
+    assert stopped.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    told_where = f"{lost.relative_to(cache)}: missing (weights cache {cache})"
+    command = f"on a machine with network run: dp2osr fetch-weights --configfile config/c-sd2.yaml --cache {cache}"
+    assert errors == [f"error: {what}: {told_where}; {command}"]

@@ -1,18 +1,23 @@
 """Encoding: only selected candidates, each once; resumable; errors that name what is missing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dp2osr import shards, tables
 from dp2osr.errors import UserError
+from dp2osr.models.backend import load_backend
 from dp2osr.sampling import images_control
 from dp2osr.stages import encode
-from dp2osr.training.pack import Pack, TarIndex
-from training_rig import GROUPS, SCALE, SIZE, make_backend, make_pairs, policy_settings
+from dp2osr.training.batches import Schedule
+from dp2osr.training.checkpoint import Store
+from dp2osr.training.loop import Trainer
+from dp2osr.training.pack import FIELD, Pack, TarIndex, dump_group
+from dp2osr.training.step import Feed
+from training_rig import GROUPS, SCALE, SIZE, TEXT, make_backend, make_pairs, policy_settings, train_settings
 
 
 @pytest.fixture
@@ -36,12 +41,14 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def run(files: dict[str, Path], tiny_model: Path, output: Path) -> Pack:
-    job = policy_settings(tiny_model).model_dump()
+def run(files: dict[str, Path], tiny_model: Path, output: Path, **sampling: Any) -> Pack:
+    settings = policy_settings(tiny_model, **sampling)
     argv = ["--pairs", str(files["pairs"]), "--lr", str(files["lr"]), "--encoded", str(output)]
     argv += ["--batch-size", "2", "--device", "cpu"]
-    encode.main([*argv, "--config", json.dumps(job), "--candidates", str(files["block0"]), str(files["block1"])])
-    return Pack([output])
+    argv += ["--config", settings.model_dump_json(), "--candidates", str(files["block0"]), str(files["block1"])]
+    encode.main(argv)
+    backend = load_backend(settings, device=torch.device("cpu"), parts=frozenset())
+    return Pack([output], backend.prepare_control)
 
 
 def test_selected_candidates_once_each(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
@@ -92,3 +99,50 @@ def test_a_truncated_shard_is_named(files: dict[str, Path], tiny_model: Path, tm
     files["block1"].write_bytes(files["block1"].read_bytes()[:1000])
     with pytest.raises(UserError, match="block-1"):
         run(files, tiny_model, tmp_path / "out.tar")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_image_as_control_is_kept_as_the_lr_file(
+    dtype: str, files: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Read again it has the bits of the control that a rollout makes, which was once written in float32."""
+    pack = run(files, tiny_model, tmp_path / "out.tar", dtype=dtype)
+    images = dict(shards.read_shard(files["lr"]))
+    for group, fields in shards.read_shard(tmp_path / "out.tar"):
+        assert set(fields) == {"lr.png", "safetensors"} and fields["lr.png"] == images[group]["lr.png"]
+        upsampled = images_control(shards.decode_image(fields["lr.png"])[None], SCALE)[0]
+        _, control = pack.load(group, [0])
+        assert control.dtype == torch.float32 and control.is_contiguous()
+        assert torch.equal(control, upsampled.to(getattr(torch, dtype)).float())
+        assert (upsampled * 255 != (upsampled * 255).round()).any()  # it has no 8-bit form of its own
+
+
+def test_training_is_that_of_a_control_written_in_float32(
+    files: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    pack, samples = run(files, tiny_model, tmp_path / "lr.tar"), []
+    for group in GROUPS[:2]:
+        latents, control = pack.load(group, [0, 4])
+        samples.append((group, {FIELD: dump_group(latents, [0, 4], control=control)}))
+    shards.write_shard(tmp_path / "float.tar", samples)
+    found = [train(tiny_model, tmp_path / name) for name in ("lr.tar", "float.tar")]
+    assert len(found[0]) == 4 and found[0] == found[1]
+    assert (tmp_path / "lr.tar").stat().st_size < 0.8 * (tmp_path / "float.tar").stat().st_size
+
+
+def train(tiny_model: Path, encoded: Path) -> list[dict[str, Any]]:
+    """Train on a pack; returns the rows of its log."""
+    backend, settings = make_backend(tiny_model), train_settings()
+    text = {group: {"prompt_embeds": torch.zeros(77, TEXT)} for group in GROUPS}
+    trainer = Trainer(
+        accelerator=Accelerator(cpu=True),
+        feed=Feed(Pack([encoded], backend.prepare_control), text, backend, "uniform"),
+        schedule=Schedule(make_pairs(GROUPS[:3], top=1), settings=settings, seed=3),  # the last group has no pair
+        policy=backend.load_control(tiny_model / "controlnet"),
+        reference=backend.load_control(tiny_model / "controlnet"),
+        settings=settings,
+        guard=None,
+        store=Store(encoded.with_suffix(".checkpoints"), "mark", record={}),
+    )
+    trainer.run()
+    return [{name: value for name, value in row.items() if name != "pairs_per_second"} for row in trainer.progress.log]

@@ -109,8 +109,8 @@ def test_predictions_have_the_shape_of_latents(sd2: Footprint, flux: Footprint) 
 def test_sizes_on_disk(sd2: Footprint, flux: Footprint) -> None:
     assert sd2.embedding_bytes() == 77 * 1024 * 2
     assert flux.embedding_bytes() == (512 * 4096 + 768) * 2
-    assert sd2.encoded_bytes(512, 16) == 4 * (16 * 4 * 64 * 64 + 3 * 512 * 512)
-    assert flux.encoded_bytes(512, 8) == 4 * (8 + 1) * 16 * 64 * 64
+    assert sd2.encoded_bytes(512, 16, lr_bytes=30_000) == 4 * 16 * 4 * 64 * 64 + 30_000
+    assert flux.encoded_bytes(512, 8, lr_bytes=30_000) == (4 * 8 + 2) * 16 * 64 * 64
 
 
 def test_training_of_c_flux_fits_an_80_gb_card(root: Path, flux: Footprint, monkeypatch: pytest.MonkeyPatch) -> None:

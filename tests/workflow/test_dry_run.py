@@ -13,6 +13,7 @@ from dp2osr import config
 from dp2osr.config_checks import prompt_files
 from workflow_rig import CONFIG, ROOT, Workflow, count, pick
 
+BASES = {"study-flow.yaml": ["tiny-flow.yaml"]}  # overlays of an overlay
 OVERLAYS = sorted(path.name for path in (ROOT / "config").glob("*.yaml") if path != CONFIG)
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pyiqa", "matplotlib"}
 
@@ -29,7 +30,7 @@ def test_defaults_import_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_config_file(name: str, tmp_path: Path) -> None:
-    files = [CONFIG, CONFIG.parent / name]
+    files = [CONFIG, *(CONFIG.parent / each for each in (*BASES.get(name, []), name))]
     known = config.read(*files)
     runs = known.runs
     # weights that a user has downloaded

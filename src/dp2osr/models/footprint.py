@@ -67,10 +67,15 @@ class Footprint:
         """Return the bytes of one prompt's embeddings, on disk and in memory."""
         return sum(torch.Size(shape).numel() for shape in self.embeddings.values()) * self.dtype.itemsize
 
-    def encoded_bytes(self, size: int, count: int) -> int:
-        """Return the bytes of a group in the training pack: `count` latents and one control, float32."""
-        numbers = count * torch.Size(self.latent_shape(size)).numel() + torch.Size(self.control_shape(size)).numel()
-        return numbers * torch.float32.itemsize
+    def encoded_bytes(self, size: int, count: int, *, lr_bytes: float) -> float:
+        """Return the bytes of a group in the training pack: `count` latents in float32, and the control.
+
+        That is the LR image's file of `lr_bytes` where the control is an image, else latents in the networks' dtype.
+        """
+        latents = count * torch.Size(self.latent_shape(size)).numel() * torch.float32.itemsize
+        if self.backend.control_factor == 1:
+            return latents + lr_bytes
+        return latents + torch.Size(self.control_shape(size)).numel() * self.dtype.itemsize
 
     def sizes(self) -> dict[str, int]:
         """Return how many parameters each part has."""
@@ -191,7 +196,7 @@ def _flow(policy: PolicySettings, folder: Path) -> Footprint:
     backend.transformer = _frozen(build(FluxTransformer2DModel, folder, "transformer"), backend.dtype)
     clip, t5 = (build_text(folder, part) for part in ("text_encoder", "text_encoder_2"))
     vae = _frozen(build(AutoencoderKL, folder, "vae"), getattr(torch, policy.sampling.vae_dtype))
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = backend.control_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     passes = 2 if policy.sampling.true_guidance > 1 else 1
     return Footprint(
         policy=policy,

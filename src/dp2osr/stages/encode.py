@@ -1,7 +1,8 @@
 """Encode the selected candidates of one shard for training: latents and control, each once.
 
-A group of the output holds the latents of the candidates that some pair chose or rejected; the text embeddings stay
-in their own files, under the same group_id.
+A group of the output holds the latents of the candidates that some pair chose or rejected, and the control: encoded
+where the control branch takes latents, else as the LR image (training/pack.py). The text embeddings stay in their own
+files, under the same group_id.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def read_candidates(index: "TarIndex", group_id: str, rollouts: Sequence[int]) -
 def encode_group(
     backend: "Backend", candidates: "torch.Tensor", rollouts: Sequence[int], lr: "torch.Tensor", *, batch_size: int
 ) -> bytes:
-    """Return a sample of the training pack.
+    """Return the field `safetensors` of a sample of the training pack.
 
     candidates: (K, 3, H, W), lr: (3, h, w), both RGB in [0, 1]. Latents are the mode of the VAE's posterior.
     """
@@ -62,8 +63,10 @@ def encode_group(
     from dp2osr.training.pack import dump_group
 
     latents = torch.cat([backend.encode_images(part) for part in candidates.split(batch_size)])
-    control = backend.prepare_control(images_control(lr[None], candidates.shape[2] // lr.shape[1]))
-    return dump_group(latents, rollouts, control[0])
+    scale = candidates.shape[2] // lr.shape[1]
+    if backend.control_factor == 1:  # an image, which is made again from the LR image
+        return dump_group(latents, rollouts, scale=scale)
+    return dump_group(latents, rollouts, control=backend.prepare_control(images_control(lr[None], scale))[0])
 
 
 def encode(
@@ -77,7 +80,7 @@ def encode(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the samples of the groups of LR shard `lr` that are in `wanted`; finished ones are kept in `parts`."""
     from dp2osr import shards
-    from dp2osr.training.pack import FIELD
+    from dp2osr.training.pack import FIELD, LR_FIELD
 
     for group_id, fields in shards.read_shard(lr):
         if group_id not in wanted:
@@ -88,7 +91,8 @@ def encode(
             image = shards.decode_image(fields["lr.png"])
             data = encode_group(backend, candidates, wanted[group_id], image, batch_size=batch_size)
             parts.put(group_id, data)
-        yield group_id, {FIELD: data}
+        control = {LR_FIELD: fields["lr.png"]} if backend.control_factor == 1 else {}
+        yield group_id, control | {FIELD: data}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -81,7 +81,7 @@ def make_feed(args: argparse.Namespace, backend: "Backend", group_ids: Sequence[
     from dp2osr.training.pack import Pack
     from dp2osr.training.step import Feed
 
-    pack = Pack(args.encoded)
+    pack = Pack(args.encoded, backend.prepare_control)
     pack.check(group_ids)
     embeddings = StoredEmbeddings(args.embeddings)
     if missing := [group_id for group_id in group_ids if group_id not in embeddings]:
