@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from dp2osr.config import TrainSettings
 from dp2osr.errors import UserError
+from dp2osr.stopping import StopRequest
 from dp2osr.training.batches import Schedule
 from dp2osr.training.checkpoint import Store
 from dp2osr.training.guard import Measurement
@@ -37,6 +38,7 @@ def make_trainer(rig: Any, folder: Path, settings: TrainSettings, **options: Any
         "settings": settings,
         "guard": None,
         "store": Store(folder, "mark", record={}),
+        "stop": StopRequest(),
     }
     return Trainer(**base | options)
 
