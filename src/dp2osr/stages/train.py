@@ -196,8 +196,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or go on with a training; write policy and tables."""
     args = parse_args(argv)
-    from dp2osr.training.checkpoint import Store
     from dp2osr.training import launch
+    from dp2osr.training.checkpoint import Store
 
     job: TrainJob = args.config
     processes = launch.num_processes(args.processes, args.device)

@@ -56,8 +56,9 @@ def place(nodes: int) -> Place:
     told = os.environ
     if "NODE_RANK" not in told and told.get("SLURM_STEP_NUM_NODES") != str(nodes):
         raise UserError(
-            f"--nodes {nodes}: found SLURM_STEP_NUM_NODES={told.get('SLURM_STEP_NUM_NODES', '')} and no NODE_RANK, wanted "
-            f"one launcher a node by srun --nodes={nodes} --ntasks-per-node=1, or NODE_RANK, MASTER_ADDR and MASTER_PORT"
+            f"--nodes {nodes}: found SLURM_STEP_NUM_NODES={told.get('SLURM_STEP_NUM_NODES', '')} and no NODE_RANK, "
+            f"wanted one launcher a node by srun --nodes={nodes} --ntasks-per-node=1, or NODE_RANK, MASTER_ADDR and "
+            "MASTER_PORT"
         )
     node = int(told["NODE_RANK"] if "NODE_RANK" in told else told["SLURM_NODEID"])
     address = told.get("MASTER_ADDR") or _first_host(told["SLURM_STEP_NODELIST"])

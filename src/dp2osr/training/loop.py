@@ -74,7 +74,7 @@ class Trainer:
         self._began: tuple[float, int] | None = None  # when this process's first step began, and the steps before it
 
     def run(self) -> Progress:
-        """Train to the end, or until the guard stops it; return what was done. On SIGTERM: save, and end the process."""
+        """Train to the end, or until the guard stops it; return what was done. On SIGTERM save and end the process."""
         self._resume()
         with self.stop.in_hand():
             try:
