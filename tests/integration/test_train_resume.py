@@ -148,7 +148,7 @@ def test_one_and_two_processes_go_on_from_each_other(tiny_model: Path, tmp_path:
         while "step 1 of 40" not in log.read_text() and process.poll() is None:
             time.sleep(0.01)
         process.terminate()
-        assert process.wait(100) == 143
+        assert process.wait(300) == 143
         step = last_words(log.read_text())
         assert [path.name for path in (tmp_path / name).glob("checkpoints/*/step-*")] == [f"step-{step:06d}"]
     train.main(commands["two"])
@@ -157,7 +157,7 @@ def test_one_and_two_processes_go_on_from_each_other(tiny_model: Path, tmp_path:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     nodes = [start([*commands["one"], "--nodes", "2"], NODE_RANK=str(rank), **meeting) for rank in (1, 0)]
-    assert [node.wait(200) for node in nodes] == [0, 0]
+    assert [node.wait(400) for node in nodes] == [0, 0]
     assert_same_training(tmp_path / "one", tmp_path / "whole")
 
 
