@@ -3,7 +3,7 @@ import math
 import shlex
 import sys
 
-from dp2osr import weights
+from dp2osr import stopping, weights
 from dp2osr.plan import images_a_step
 
 
@@ -19,10 +19,15 @@ def weights_exports():
     return "".join(f" {name}={shlex.quote(value)}" for name, value in values.items())
 
 
-# `python` in the rules is the one that runs Snakemake, whether or not its environment is activated.
+# `python` in the rules is the one that runs Snakemake, whether or not its environment is activated. The shell around a
+# stage outlives SIGTERM: the stage decides when it ends.
 shell.prefix(
-    f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH{weights_exports()}; "
+    "trap : TERM;"
+    f" export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH{weights_exports()}; "
 )
+
+if workflow.remote_exec:  # Snakemake inside a cluster job
+    stopping.forward()
 
 
 wildcard_constraints:
@@ -43,14 +48,14 @@ images_per_block = cfg.limits.images_per_shard * cfg.rollout.rollouts_per_block
 
 
 def growing(amount):
-    """A resource of which each try asks for as much again: memory, or minutes of a job whose work is not known."""
-    return lambda wildcards, attempt: amount * attempt
+    """A resource of which the second and third try ask for as much again: memory, or minutes of work not known."""
+    return lambda wildcards, attempt: amount * min(attempt, 3)
 
 
 def time_limit(seconds, attempt):
-    """Minutes for a job that works for some seconds; each try asks for as much again, as far as the cluster goes."""
+    """Minutes for a job that works for some seconds; the tries grow alike, as far as the cluster goes."""
     minutes = cfg.limits.start_min + math.ceil(seconds / 60)
-    return min(minutes * attempt, cfg.limits.longest_min)
+    return min(minutes * min(attempt, 3), cfg.limits.longest_min)
 
 
 def params_json(section):

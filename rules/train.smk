@@ -49,6 +49,20 @@ def train_images(wildcards):
     return run.train.steps * images_a_step(run)
 
 
+train_cpus = 2 * cfg.limits.train_gpus  # on each node
+
+
+def train_spread():
+    """What a training on several nodes asks SLURM for: the rule itself starts a launcher on each (docs/cluster.md)."""
+    nodes = cfg.limits.train_nodes
+    if nodes == 1:
+        return {"gpu": num_gpus * cfg.limits.train_gpus, "launcher": ""}
+    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={train_cpus}"
+    found = {"nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0, "mpi": "srun"}
+    gpus = {"gres": f"gpu:{cfg.limits.train_gpus}"} if num_gpus else {}
+    return found | gpus | {"launcher": f"{srun} --kill-on-bad-exit=1 "}
+
+
 # Checkpoints lie beside the policy, undeclared: Snakemake keeps them when the job fails, and the next try goes on.
 rule train:
     input:
@@ -70,13 +84,17 @@ rule train:
         f"{R}/logs/runs/{{run}}/train.log",
     benchmark:
         f"{R}/benchmarks/runs/{{run}}/train.tsv"
-    threads: 2
+    threads: train_cpus
     resources:
-        mem_mb=growing(16000),
+        **train_spread(),
+        mem_mb=growing(16000 * cfg.limits.train_gpus),
         runtime=lambda wildcards, attempt: time_limit(
-            train_images(wildcards) * cfg.limits.train, attempt
+            train_images(wildcards)
+            * cfg.limits.train
+            / (cfg.limits.train_gpus * cfg.limits.train_nodes),
+            attempt,
         ),
-        gpu=num_gpus,
+        num_nodes=cfg.limits.train_nodes,
         device=cfg.device,
         scoring_batch=cfg.iqa.batch_size,
     params:
@@ -88,7 +106,7 @@ rule train:
         ),
         version=versions.TRAIN,
     shell:
-        "python -m dp2osr.stages.train --pairs {input.pairs} --encoded {input.encoded}"
+        "{resources.launcher}python -m dp2osr.stages.train --nodes {resources.num_nodes} --pairs {input.pairs} --encoded {input.encoded}"
         " --embeddings {input.embeddings} --reference {params.reference:q} {params.guard}"
         " --device {resources.device} --scoring-batch {resources.scoring_batch}"
         " --config {params.config:q} --policy {output.policy} --train-log {output.train_log}"

@@ -193,7 +193,7 @@ class RunSettings(Strict):
 
 
 class LimitSettings(Strict):
-    """What the time limits of a cluster's jobs are computed from; no result depends on it."""
+    """What the jobs of a cluster ask for, and what their time limits are computed from; no result depends on it."""
 
     images_per_shard: Count
     start_min: Count
@@ -202,6 +202,8 @@ class LimitSettings(Strict):
     score: Annotated[float, Field(gt=0)]
     encode: Annotated[float, Field(gt=0)]
     train: Annotated[float, Field(gt=0)]
+    train_gpus: Count
+    train_nodes: Count
 
 
 class EvaluateSettings(Strict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dp2osr import strict, weights
 from dp2osr.errors import UserError
+from dp2osr.stopping import STOP, TERMINATED
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,11 @@ def parse_args(found: argparse.ArgumentParser, argv: Any) -> argparse.Namespace:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; a user's error is one line on standard error and exit code 1 (DP2OSR_DEBUG=1: a traceback)."""
+    """Run a command; a user's error is one line on standard error and exit code 1 (DP2OSR_DEBUG=1: a traceback).
+
+    SIGTERM ends it with exit code 143: between the items of a `progress`, anywhere else at once.
+    """
+    STOP.listen()
     weights.use()
     try:
         main()
@@ -80,16 +85,22 @@ def progress(
 ) -> Iterator[T]:
     """Yield the items; log a plain line with count, rate and time left every `every_s` seconds and at the end.
 
-    kept: how many of the first items an earlier attempt has finished; they say nothing about the rate.
+    kept: how many of the first items an earlier attempt has finished; they say nothing about the rate. On SIGTERM the
+    process ends after the item in hand, which its user has kept by then; after the last one it goes on.
     """
     start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if done <= kept:
-            start = last = now
-        if now - last >= every_s or done == total:
-            rate = max(done - kept, 0) / max(now - start, 1e-9)
-            left = (total - done) / rate if rate else 0.0
-            logger.info("%s: %d of %d, %.2f/s, %.0f s left", what, done, total, rate, left)
-            last = now
+    with STOP.in_hand():
+        for done, item in enumerate(items, start=1):
+            yield item
+            if STOP.requested and done < total:
+                text = "%s: stopped by SIGTERM after %d of %d; the same command goes on from what was kept"
+                logger.info(text, what, done, total)
+                raise SystemExit(TERMINATED)
+            now = time.monotonic()
+            if done <= kept:
+                start = last = now
+            if now - last >= every_s or done == total:
+                rate = max(done - kept, 0) / max(now - start, 1e-9)
+                left = (total - done) / rate if rate else 0.0
+                logger.info("%s: %d of %d, %.2f/s, %.0f s left", what, done, total, rate, left)
+                last = now

@@ -99,7 +99,7 @@ def find_progress(text: str) -> Progress | None:
 def find_error(text: str) -> str:
     """Return the error that a log ends with, in one line; "" where its last words are none.
 
-    Of several processes the launcher's traceback comes last, though a line `error: …` of one of them says more.
+    Of several processes one's traceback may come last, though a line `error: …` of another says more.
     """
     lines = text.splitlines()
     last = max((at for at, line in enumerate(lines) if _STAMP.match(line)), default=-1)

@@ -52,7 +52,10 @@ KillWait=5
 JobRequeue=0
 DefMemPerCPU=500
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PreemptMode=CANCEL GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 # The plugin takes every SLURM_* variable from its inner srun, the one that names this SLURM's configuration, too.
@@ -178,7 +181,7 @@ class Slurm:
 
     def _ready(self) -> bool:
         with contextlib.suppress(subprocess.SubprocessError):
-            states = self.client("sinfo", "-h", "-N", "-o", "%T", timeout=10).split()
+            states = self.client("sinfo", "-h", "-p", "gpu", "-N", "-o", "%T", timeout=10).split()
             return len(states) == len(NODES) and set(states) <= {"idle", "mixed", "allocated", "completing"}
         return False
 

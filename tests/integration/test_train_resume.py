@@ -1,11 +1,14 @@
-"""The train stage from its command line: killed and resumed, stopped politely, on two processes."""
+"""The train stage from its command line: killed and resumed, stopped politely, on two processes and two nodes."""
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +46,11 @@ def command(model: Path, folder: Path, output: Path, **changes: Any) -> list[str
     return [str(part) for part in (*inputs, *outputs, "--validation", output / "validation.parquet")]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "dp2osr.stages.train", *arguments], env=environment)
+def start(arguments: list[str], *, log: Path | None = None, **variables: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    with log.open("wb") if log else nullcontext() as stderr:
+        command = [sys.executable, "-m", "dp2osr.stages.train", *arguments]
+        return subprocess.Popen(command, env=environment, stderr=stderr)
 
 
 def results(output: Path) -> tuple[pd.DataFrame, pd.DataFrame, bytes, dict[str, Any]]:
@@ -53,6 +58,12 @@ def results(output: Path) -> tuple[pd.DataFrame, pd.DataFrame, bytes, dict[str, 
     weights = (output / "policy" / "diffusion_pytorch_model.safetensors").read_bytes()
     record = json.loads((output / "policy" / "policy.json").read_text())
     return log, tables.read(output / "validation.parquet", tables.VALIDATION), weights, record
+
+
+def wait_for_a_checkpoint(output: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not list(output.glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +88,7 @@ def test_killed_and_resumed_equals_undisturbed(
 ) -> None:
     arguments = command(tiny_model, tmp_path, tmp_path)
     process = start(arguments)
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_a_checkpoint(tmp_path)
     process.send_signal(number)
     assert process.wait(100) == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (tmp_path / "policy").exists()
@@ -103,6 +112,53 @@ def test_two_processes_equal_one(undisturbed: Path, tiny_model: Path, tmp_path: 
     pd.testing.assert_frame_equal(found[0][steep], wanted[0][steep], rtol=1e-4, atol=2500 * 1e-7)
     columns = ["reward", "fr", "nr", "diversity"]
     pd.testing.assert_frame_equal(found[1][columns], wanted[1][columns], rtol=0, atol=1e-5)
+
+
+PAIRS = {"batching": "pairs", "pairs_per_step": 4, "accumulation": 2, "beta": 50.0, "steps": 40, "learning_rate": 1e-4}
+
+
+def pairs_command(model: Path, folder: Path) -> list[str]:
+    """Return the arguments of a training by pairs, in two micro steps a step, without guard."""
+    folder.mkdir()
+    return command(model, folder, folder, **PAIRS, checkpoint_every=1000, guard={"every": 0})
+
+
+def last_words(text: str) -> int:
+    """Return the step at which each process of a training said that it was stopped: all the same."""
+    steps = set(re.findall(r"step (\d+): stopped by SIGTERM", text))
+    assert len(steps) == 1, text
+    return int(steps.pop())
+
+
+def assert_same_training(found: Path, wanted: Path) -> None:
+    """Check the logs to 1e-5, and that the policies differ by no more."""
+    (log, _, weights, _), (log_before, _, before, _) = results(found), results(wanted)
+    pd.testing.assert_frame_equal(log, log_before, rtol=0, atol=1e-5)
+    one, other = load(weights), load(before)
+    assert max(float((one[name] - other[name]).abs().max()) for name in other) < 1e-5
+
+
+def test_one_and_two_processes_go_on_from_each_other(tiny_model: Path, tmp_path: Path) -> None:
+    """Two processes of one launcher, stopped, then one; one, stopped, then two nodes of one process each."""
+    commands = {name: pairs_command(tiny_model, tmp_path / name) for name in ("whole", "two", "one")}
+    train.main(commands["whole"])
+    for name, processes in (("two", "2"), ("one", "1")):
+        log = tmp_path / f"{name}.txt"
+        process = start([*commands[name], "--processes", processes], log=log)
+        while "step 1 of 40" not in log.read_text() and process.poll() is None:
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(300) == 143
+        step = last_words(log.read_text())
+        assert [path.name for path in (tmp_path / name).glob("checkpoints/*/step-*")] == [f"step-{step:06d}"]
+    train.main(commands["two"])
+    assert_same_training(tmp_path / "two", tmp_path / "whole")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = [start([*commands["one"], "--nodes", "2"], NODE_RANK=str(rank), **meeting) for rank in (1, 0)]
+    assert [node.wait(400) for node in nodes] == [0, 0]
+    assert_same_training(tmp_path / "one", tmp_path / "whole")
 
 
 def test_a_group_without_latents_is_one_error(tiny_model: Path, tmp_path: Path) -> None:

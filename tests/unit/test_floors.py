@@ -25,6 +25,7 @@ LIGHT = (
     "metrics",
     "resume",
     "stage",
+    "stopping",
     "weights",
 )
 FLOORS = {"stages": 5, "cli": 5, "training": 4, "evaluation": 4, "report": 4, "upscale": 4, "preference": 3}

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from dp2osr.config import TrainSettings
 from dp2osr.errors import UserError
+from dp2osr.stopping import StopRequest
 from dp2osr.training.batches import Schedule
 from dp2osr.training.checkpoint import Store
 from dp2osr.training.guard import Measurement
@@ -37,6 +38,7 @@ def make_trainer(rig: Any, folder: Path, settings: TrainSettings, **options: Any
         "settings": settings,
         "guard": None,
         "store": Store(folder, "mark", record={}),
+        "stop": StopRequest(),
     }
     return Trainer(**base | options)
 
@@ -158,6 +160,22 @@ def test_an_interrupted_training_ends_with_the_same_bytes(rig: Any, tmp_path: Pa
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
+def test_stopped_within_a_validation_keeps_the_policy_and_not_its_average(rig: Any, tmp_path: Path) -> None:
+    settings = train_settings(ema_decay=0.5, guard={"every": 3, "patience": 9}, checkpoint_every=100)
+    whole = make_trainer(rig, tmp_path / "whole", settings, guard=Ward(*[(0.5, 0.1)] * 3))
+    whole.run()
+    first = make_trainer(rig, tmp_path / "cut", settings, guard=Ward((0.5, 0.1), (0.5, 0.1)))
+    first.guard.stops = first.stop  # type: ignore[union-attr]
+    with pytest.raises(SystemExit):
+        first.run()
+    assert first.store.steps() == [3] and len(first.progress.validation) == 1
+    second = make_trainer(rig, tmp_path / "cut", settings, guard=Ward((0.5, 0.1), (0.5, 0.1)))
+    second.run()
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(value, second.policy.state_dict()[name])
+    assert whole.progress.validation == second.progress.validation
+
+
 class StopAfter:
     """Ask for a stop, as SIGTERM does, during one step."""
 
@@ -196,8 +214,12 @@ class Ward:
 
     def __init__(self, *found: tuple[float, float]) -> None:
         self.found = list(found)
+        self.stops: StopRequest | None = None  # asked to stop within the second measurement
 
     def measure(self, branch: Any, *, pause: Any) -> Measurement:
+        if self.stops and len(self.found) == 1:
+            self.stops.requested = True
+        pause()
         reward, diversity = self.found.pop(0)
         return Measurement(reward, reward, reward, diversity)
 

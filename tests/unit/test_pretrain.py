@@ -18,6 +18,7 @@ from dp2osr.models import build
 from dp2osr.models.backend import load_backend
 from dp2osr.stages import ingest
 from dp2osr.stages import pretrain as stage
+from dp2osr.stopping import StopRequest
 from dp2osr.training import pool, pretrain
 from training_rig import DEFAULTS, policy_settings
 
@@ -231,6 +232,26 @@ def test_interrupted_in_every_phase_equals_undisturbed(
         assert found.rows == undisturbed.rows
         wanted = weights(undisturbed)
         assert all(torch.equal(value, wanted[name]) for name, value in weights(found).items())
+
+
+def test_sigterm_saves_the_step_in_hand(
+    kind: str, undisturbed: pretrain.Trainer, pairs: pool.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average = pretrain._average
+    monkeypatch.setattr(pretrain, "STOP", StopRequest())
+
+    def told(*args: Any) -> None:
+        average(*args)
+        pretrain.STOP.requested = True
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(pretrain, "_average", told)
+        train(pairs, tmp_path, kind)
+    assert stopped.value.code == 143
+    assert torch.load(tmp_path / "vae.pt", weights_only=True)["step"] == 1
+    pretrain.STOP.requested = False
+    found, wanted = train(pairs, tmp_path, kind), weights(undisturbed)
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(found).items())
 
 
 def test_a_given_backbone_stays_as_it_is(kind: str, base: Path, pairs: pool.Pool, tmp_path: Path) -> None:

@@ -28,19 +28,24 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 
 
 def test_time_limits_and_gpus(plain: Asked, tmp_path: Path) -> None:
-    changes = {"policy_defaults": {"sampling": {"steps": 40}}, "limits": {"rollout": 0.3, "longest_min": 300}}
+    limits = {"rollout": 0.3, "longest_min": 300, "train_gpus": 4, "train_nodes": 2}
+    changes = {"policy_defaults": {"sampling": {"steps": 40}}, "limits": limits}
     changed = asked(tmp_path, changes=changes | {"device": "cpu"})
     assert plain["rollout"]["runtime"] == "42"  # 10 + 100 images x 16 seeds x 8 steps x 0.15 s
     assert changed["rollout"]["runtime"] == "300"  # 10 + 1600 x 40 x 0.3 s are 330
     assert plain["train"]["runtime"] == "32"  # 10 + 80 steps x 32 images x 0.5 s
-    assert {rule for rule in plain if plain[rule]["runtime"] != changed[rule]["runtime"]} == {"rollout"}
-    for jobs, count in ((plain, "1"), (changed, "0")):
-        assert {rule: each["gpu"] for rule, each in jobs.items() if "gpu" in each} == dict.fromkeys(ON_GPU, count)
+    assert changed["train"]["runtime"] == "13"  # a share of 22 minutes for each of 8 processes
+    assert changed["train"].items() >= {"nodes": "2", "tasks": "2", "mpi": "srun", "mem_mb": "64000"}.items()
+    assert {rule for rule in plain if plain[rule]["runtime"] != changed[rule]["runtime"]} == {"rollout", "train"}
+    for jobs, rules, count in ((plain, ON_GPU, "1"), (changed, ON_GPU - {"train"}, "0")):
+        assert {rule: each["gpu"] for rule, each in jobs.items() if "gpu" in each} == dict.fromkeys(rules, count)
 
 
 @pytest.mark.parametrize("name", ["local", "slurm"])
 def test_profile_has_the_same_jobs(name: str, plain: Asked, tmp_path: Path) -> None:
     found = asked(tmp_path, "--profile", str(ROOT / "config" / "profiles" / name))
+    warned = {rule for rule, each in found.items() if each.get("slurm_extra") == "--signal=TERM@120"}
+    assert warned == ({"rollout", "score", "encode", "train"} if name == "slurm" else set())
     keys = ("runtime", "mem_mb")
     assert {rule: [each[key] for key in keys] for rule, each in found.items()} == {
         rule: [each[key] for key in keys] for rule, each in plain.items()

@@ -60,7 +60,8 @@ def test_report_setting_reruns_the_report(plan: Any) -> None:
 
 
 def test_how_jobs_are_run_reruns_nothing(plan: Any) -> None:
-    assert plan(device="auto", rollout={"batch_size": 3}, iqa={"batch_size": 5}) == []
+    limits = {"train": 9.0, "train_gpus": 4, "train_nodes": 2}
+    assert plan(device="auto", rollout={"batch_size": 3}, iqa={"batch_size": 5}, limits=limits) == []
 
 
 def of_tuned_policy(jobs: list[Job]) -> bool:

@@ -1,6 +1,7 @@
 """Tune a control branch by preference pairs (DPO), with validation rollouts as a guard.
 
-Resumes from `checkpoints/` beside the policy. With several GPUs visible it starts one process for each.
+Resumes from `checkpoints/` beside the policy. With several GPUs visible it starts one process for each; with several
+nodes, one such command on each of them.
 """
 
 import argparse
@@ -183,7 +184,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--niqe", type=Path, help="fitted NIQE parameters, where the reward holds niqe")
     parser.add_argument("--scoring-batch", type=int, default=32, help="validation images scored at once")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--processes", type=int, default=0, help="0: one a visible GPU, on the CPU one")
+    parser.add_argument("--processes", type=int, default=0, help="of this node; 0: one a visible GPU, on the CPU one")
+    parser.add_argument("--nodes", type=int, default=1, help="launchers that are started, one a node (docs/cluster.md)")
     parser.add_argument("--policy", type=Path, required=True, help="output: folder of the tuned control branch")
     parser.add_argument("--train-log", type=Path, required=True, help="output: a row a step")
     parser.add_argument("--validation", type=Path, required=True, help="output: a row a validation rollout")
@@ -194,14 +196,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or go on with a training; write policy and tables."""
     args = parse_args(argv)
+    from dp2osr.training import launch
     from dp2osr.training.checkpoint import Store
-    from dp2osr.training.launch import needs_launch, provenance, relaunch
 
     job: TrainJob = args.config
-    if (processes := needs_launch(args.processes, args.device)) > 1:
-        relaunch("dp2osr.stages.train", list(sys.argv[1:] if argv is None else argv), processes=processes)
+    processes = launch.num_processes(args.processes, args.device)
+    if launch.needs_launch(processes, args.nodes):
+        own = sys.argv[1:] if argv is None else argv
+        sys.exit(launch.Launcher().run("dp2osr.stages.train", own, launch.place(args.nodes), processes=processes))
     mark = job_mark(args)
-    record = {"run": job.run, "config": job.model_dump(mode="json"), "fingerprint": mark, **provenance()}
+    record = {"run": job.run, "config": job.model_dump(mode="json"), "fingerprint": mark, **launch.provenance()}
     accelerator = make_accelerator(job, args.policy.parent, device=args.device)
     store = Store(args.policy.parent / "checkpoints", mark, record=record)
     trainer = make_trainer(args, accelerator, store)

@@ -105,13 +105,18 @@ class Guard:
     batch_size: int
 
     def measure(self, branch: nn.Module, *, pause: Callable[[], None]) -> Measurement:
-        """Restore each image from the same seeds as the reference's rollouts; `pause` is called between batches."""
-        own = self.images[self.accelerator.process_index :: self.accelerator.num_processes]
+        """Restore each image from the same seeds as the reference's rollouts.
+
+        `pause` is called before each batch, equally often in all processes.
+        """
+        count = self.accelerator.num_processes
+        own = self.images[self.accelerator.process_index :: count]
         rows: list[Row] = []
         size = max(1, self.batch_size // self.settings.num_rollouts)
-        for start in range(0, len(own), size):
+        for start in range(0, -(-len(self.images) // count), size):
             pause()
-            rows += self._rows(branch, own[start : start + size])
+            if batch := own[start : start + size]:
+                rows += self._rows(branch, batch)
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
         frame = pd.DataFrame(rows).sort_values(["group_id", "rollout"], ignore_index=True)

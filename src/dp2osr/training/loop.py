@@ -2,12 +2,10 @@
 
 import copy
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from dp2osr.config import TrainSettings
 from dp2osr.errors import UserError
+from dp2osr.stopping import STOP, TERMINATED, StopRequest
 from dp2osr.training.batches import Schedule
 from dp2osr.training.checkpoint import Progress, Row, Snapshot, Store, Weights
 from dp2osr.training.guard import Guard, judge
@@ -23,28 +22,11 @@ from dp2osr.training.step import Feed, Gradient
 
 logger = logging.getLogger(__name__)
 
-TERMINATED = 128 + signal.SIGTERM
 LOG_EVERY_S = 10.0
 
 
-class StopRequest:
-    """Whether SIGTERM came: the step that runs is finished and saved before the process ends."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        logger.info("SIGTERM: saving a checkpoint and stopping")
-        self.requested = True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGTERM over for a while."""
-        before = signal.signal(signal.SIGTERM, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+class Stopping(Exception):
+    """SIGTERM came to a process of this training, and all of them know."""
 
 
 def make_optimizer(branch: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -79,7 +61,7 @@ class Trainer:
     store: Store
     sample_dtype: torch.dtype = torch.float32
     progress: Progress = field(default_factory=Progress)
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest = STOP
 
     def __post_init__(self) -> None:
         self.policy.requires_grad_(True).train()
@@ -87,21 +69,32 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.policy, self.settings))
         self.ema = copy.deepcopy(self.policy.state_dict()) if self.settings.ema_decay else None
         self.gradient = Gradient(self.accelerator, self.feed, self.policy, self.reference, self.settings)
+        self._kept_step = 0  # of the newest checkpoint, known to every process
         self._logged = time.monotonic()
         self._began: tuple[float, int] | None = None  # when this process's first step began, and the steps before it
 
     def run(self) -> Progress:
-        """Train to the end, or until the guard stops it; return what was done."""
+        """Train to the end, or until the guard stops it; return what was done. On SIGTERM save and end the process."""
         self._resume()
-        with self.stop.listening():
-            while True:
-                best = self._validate() if self._validation_due() else False
-                if best or self._checkpoint_due():
+        with self.stop.in_hand():
+            try:
+                self._train()
+            except Stopping:
+                if self.progress.step > self._kept_step:
                     self._save()
-                if self._finished():
-                    return self.progress
-                self.step()
-                self._pause()
+                logger.info("step %d: stopped by SIGTERM; the same command goes on from here", self.progress.step)
+                raise SystemExit(TERMINATED) from None
+        return self.progress
+
+    def _train(self) -> None:
+        while True:
+            best = self._validate() if self._validation_due() else False
+            if best or self._checkpoint_due():
+                self._save()
+            if self._finished():
+                return
+            self.step()
+            self._pause()
 
     def final_weights(self) -> Weights:
         """Return the policy to keep: of the best validated step; without a guard that of the last step."""
@@ -124,7 +117,7 @@ class Trainer:
     def _checkpoint_due(self) -> bool:
         step = self.progress.step
         due = step % self.settings.checkpoint_every == 0 or step == self.settings.steps or self._finished()
-        return step > 0 and due and step not in self.store.steps()
+        return due and step > self._kept_step
 
     def step(self) -> None:
         """One optimizer step: nothing changes where loss or gradient is not finite."""
@@ -185,12 +178,11 @@ class Trainer:
         """Let the guard measure the policy (at step 0 the reference); return whether it is the best so far."""
         assert self.guard is not None
         self.policy.eval()
-        alone = self.accelerator.num_processes == 1
         with self._averaged():
             branch = self.policy
             if self.sample_dtype != torch.float32:
                 branch = nn.Module.to(copy.deepcopy(branch), self.sample_dtype)  # what a rollout of this policy loads
-            found = self.guard.measure(branch, pause=self._pause if alone else lambda: None)
+            found = self.guard.measure(branch, pause=self._pause)
         self.policy.train()
         row = judge(self.progress.validation, self.progress.step, found, self.settings.guard)
         self.progress.validation.append(row)
@@ -221,28 +213,29 @@ class Trainer:
         )
 
     def _pause(self) -> None:
-        """End here if SIGTERM came to any process: save first, so that the next start goes on."""
+        """Stop here if SIGTERM came to any process: all ask, at the same places, and so agree on the step."""
         flag = torch.tensor(float(self.stop.requested), device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             flag = self.accelerator.reduce(flag, reduction="sum")
-        if not flag:
-            return
-        if self.progress.step > 0 and self.progress.step not in self.store.steps():
-            self._save()
-        raise SystemExit(TERMINATED)
+        if flag:
+            raise Stopping
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        """Let the main process write a checkpoint; the others wait for it, for whoever ends first ends all."""
+        if self.accelerator.is_main_process:
+            self.store.save(self._snapshot())
+        self._kept_step = self.progress.step
+        self.accelerator.wait_for_everyone()
+
+    def _snapshot(self) -> Snapshot:
         scaler = self.accelerator.scaler
-        snapshot = Snapshot(
+        return Snapshot(
             policy=self.policy.state_dict(),
             ema=self.ema,
             optimizer=self.optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else {},
             progress=self.progress,
         )
-        self.store.save(snapshot)
 
     def _resume(self) -> None:
         snapshot = self.store.load()
@@ -255,4 +248,5 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(snapshot.scaler)
         self.progress = snapshot.progress
+        self._kept_step = self.progress.step
         logger.info("going on from step %d of %s", self.progress.step, self.store.folder)

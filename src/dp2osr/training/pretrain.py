@@ -25,6 +25,7 @@ from dp2osr.models.backend import Backend, load_backend, resolve
 from dp2osr.models.parts import load_settings, place
 from dp2osr.resume import atomic
 from dp2osr.sampling import images_control
+from dp2osr.stopping import STOP, TERMINATED
 from dp2osr.training.checkpoint import atomic_folder
 from dp2osr.training.pool import Pool
 
@@ -110,6 +111,7 @@ class Trainer:
         vae = {} if self.settings.autoencoder else {"vae": self.vae}
         return vae | {self.backend.backbone_folder: self.backend.backbone, "controlnet": self.control}
 
+    @STOP.in_hand()
     def _phase(self, name: str, phase: PhaseSettings, modules: list[nn.Module], loss_of: LossOf) -> None:
         averages = [copy.deepcopy(module).requires_grad_(False) for module in modules]
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -147,8 +149,10 @@ class Trainer:
                 )
                 self.rows.append({"phase": name, "step": step + 1, "loss": total / count})
                 total, since = 0.0, time.monotonic()
-            if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == phase.steps:
+            if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == phase.steps or STOP.requested:
                 self._save(name, step + 1, total, modules, averages, optimizer)
+            if STOP.requested:
+                raise SystemExit(TERMINATED)
         for module, average in zip(modules, averages, strict=True):
             module.load_state_dict(average.state_dict())
 
