@@ -1,11 +1,18 @@
+from glob import glob
+
+
+def ingest_images(wildcards):
+    """The folders and shards that exist; the stage itself names an entry that does not."""
+    entries = cfg.datasets[wildcards.dataset].images
+    given = [entry for entry in entries if Path(entry).exists()]
+    if caching:
+        given += [found for entry in entries for found in glob(entry, recursive=True)]
+    return [found for entry in dict.fromkeys(given) for found in raw_files(entry)]
+
+
 rule ingest:
     input:
-        # The folders and shards that exist; the stage itself names an entry that does not.
-        lambda wildcards: [
-            entry
-            for entry in cfg.datasets[wildcards.dataset].images
-            if Path(entry).exists()
-        ],
+        ingest_images,
     output:
         images=f"{R}/{{dataset}}/images.parquet",
     log:

@@ -17,6 +17,12 @@ from dp2osr import tables
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "config.yaml"
 SMALLEST = ROOT / "tests" / "data" / "smallest.yaml"
+# 30,000 images, M = 64: 300 shards of 100 images, blocks of 16 seeds.
+FULL_SCALE: dict[str, Any] = {
+    "datasets": {"train": {"images": ["data/photographs"], "crops_per_image": 1, "num_shards": 300}},
+    "rewards": {"default": {"num_rollouts": 64}},
+    "rollout": {"rollouts_per_block": 16},
+}
 CORES = len(os.sched_getaffinity(0))
 TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
 

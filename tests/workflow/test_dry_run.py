@@ -11,7 +11,7 @@ import yaml
 
 from dp2osr import config
 from dp2osr.config_checks import prompt_files
-from workflow_rig import CONFIG, ROOT, Workflow, count, pick
+from workflow_rig import CONFIG, FULL_SCALE, ROOT, Workflow, count, pick
 
 OVERLAYS = sorted(path.name for path in (ROOT / "config").glob("*.yaml") if path != CONFIG)
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pyiqa", "matplotlib"}
@@ -54,14 +54,8 @@ def test_pretrain_is_asked_for_by_name(tmp_path: Path) -> None:
 
 
 def test_full_scale_in_seconds(tmp_path: Path) -> None:
-    """30,000 images, M = 64, 300 shards of 100 images, blocks of 16 seeds."""
-    overlay = {
-        "datasets": {"train": {"images": ["data/photographs"], "crops_per_image": 1, "num_shards": 300}},
-        "rewards": {"default": {"num_rollouts": 64}},
-        "rollout": {"rollouts_per_block": 16},
-    }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = Workflow(tmp_path).snakemake("--dry-run", "--quiet", "rules", changes=overlay)
+    done = Workflow(tmp_path).snakemake("--dry-run", "--quiet", "rules", changes=FULL_SCALE)
     assert done.returncode == 0, done.stdout[-3000:]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 60  # about 15 s; CPU time, since other tests may share the machine
