@@ -1,5 +1,46 @@
 from glob import glob
 
+from dp2osr import remote
+
+try:
+    remote.check(cfg)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+# Where images lie elsewhere: the address of each copy, by its path.
+fetched = {
+    f"{R}/{name}/{remote.FOLDER}/{remote.copy_name(address)}": address
+    for name, dataset in cfg.datasets.items()
+    for address in remote.addresses(dataset.images)
+}
+
+
+def stored(wildcards):
+    """The file behind a copy, which a storage plugin fetches."""
+    address = fetched[f"{R}/{wildcards.dataset}/{remote.FOLDER}/{wildcards.file}"]
+    return getattr(storage, remote.plugin(address))(address)
+
+
+# On the machine of Snakemake itself: nodes of a cluster often have no network.
+rule fetch_images:
+    localrule: True
+    input:
+        stored,
+    output:
+        file=f"{R}/{{dataset}}/{remote.FOLDER}/{{file}}",
+    log:
+        f"{R}/logs/{{dataset}}/fetch/{{file}}.log",
+    benchmark:
+        f"{R}/benchmarks/{{dataset}}/fetch/{{file}}.tsv"
+    wildcard_constraints:
+        file=r"[0-9a-f]{12}-[\w.-]+",
+    retries: 2
+    resources:
+        mem_mb=growing(1000),
+        runtime=growing(120),
+    shell:
+        "cp {input:q} {output.file:q}.part 2> {log:q} && mv {output.file:q}.part {output.file:q}"
+
 
 def ingest_images(wildcards):
     """The folders and shards that exist; the stage itself names an entry that does not."""
@@ -7,7 +48,12 @@ def ingest_images(wildcards):
     given = [entry for entry in entries if Path(entry).exists()]
     if caching:
         given += [found for entry in entries for found in glob(entry, recursive=True)]
-    return [found for entry in dict.fromkeys(given) for found in raw_files(entry)]
+    prefix = f"{R}/{wildcards.dataset}/{remote.FOLDER}/"
+    copies = [path for path in fetched if path.startswith(prefix)]
+    return [
+        *(found for entry in dict.fromkeys(given) for found in raw_files(entry)),
+        *copies,
+    ]
 
 
 rule ingest:

@@ -99,6 +99,14 @@ def parse_jobs(text: str) -> list[Job]:
     return jobs
 
 
+def declared(text: str) -> dict[str, list[str]]:
+    """Return the files of all jobs in the output of a dry run, as output, log and benchmark."""
+    found: dict[str, list[str]] = {"output": [], "log": [], "benchmark": []}
+    for kind, paths in re.findall(r"^ {4}(output|log|benchmark): (.*)$", text, re.MULTILINE):
+        found[kind] += paths.split(", ")
+    return found
+
+
 def rules(jobs: list[Job]) -> set[str]:
     """Return the names of the rules of some jobs."""
     return {rule for rule, _ in jobs}

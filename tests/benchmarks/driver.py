@@ -1,8 +1,8 @@
 """What Snakemake itself costs at full scale: 30,000 images with 64 seeds each, about 4,000 jobs.
 
 The workflow is real, its stages are hollow (tests/hollow.py). Measures the dry run, the time until the first job is
-submitted, a whole run of jobs that do nothing on the local executor, and a rerun with nothing to do; medians, in seconds
-of wall clock and of CPU (with the children's), and the largest process. Counts the files that the run leaves.
+submitted, a whole run of jobs that do nothing on the local executor, and a rerun with nothing to do: medians, in
+seconds of wall clock and of CPU (with the children's), and the largest process. Counts the files that the run leaves.
 
     python tests/benchmarks/driver.py --shards 300 --repeats 3
 """
