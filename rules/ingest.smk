@@ -1,3 +1,4 @@
+from functools import cache
 from glob import glob
 
 from dp2osr import remote
@@ -15,17 +16,25 @@ fetched = {
 }
 
 
-def stored(wildcards):
-    """The file behind a copy, which a storage plugin fetches."""
-    address = fetched[f"{R}/{wildcards.dataset}/{remote.FOLDER}/{wildcards.file}"]
+@cache
+def stored(address):
+    """The file behind an address, which a storage plugin fetches."""
     return getattr(storage, remote.plugin(address))(address)
+
+
+@cache
+def check_stored(address):
+    """Snakemake would be content with an older images.parquet where a new address leads nowhere."""
+    if not stored(address).flags["storage_object"].exists():
+        raise WorkflowError(f"images: {address}: not found")
 
 
 # On the machine of Snakemake itself: nodes of a cluster often have no network.
 rule fetch_images:
-    localrule: True
     input:
-        stored,
+        lambda wildcards: stored(
+            fetched[f"{R}/{wildcards.dataset}/{remote.FOLDER}/{wildcards.file}"]
+        ),
     output:
         file=f"{R}/{{dataset}}/{remote.FOLDER}/{{file}}",
     log:
@@ -35,6 +44,7 @@ rule fetch_images:
     wildcard_constraints:
         file=r"[0-9a-f]{12}-[\w.-]+",
     retries: 2
+    localrule: True
     resources:
         mem_mb=growing(1000),
         runtime=growing(120),
@@ -50,6 +60,9 @@ def ingest_images(wildcards):
         given += [found for entry in entries for found in glob(entry, recursive=True)]
     prefix = f"{R}/{wildcards.dataset}/{remote.FOLDER}/"
     copies = [path for path in fetched if path.startswith(prefix)]
+    for path in copies:
+        if not Path(path).exists():
+            check_stored(fetched[path])
     return [
         *(found for entry in dict.fromkeys(given) for found in raw_files(entry)),
         *copies,

@@ -80,7 +80,7 @@ def test_images_on_s3_and_http(s3: Any, http: tuple[Path, str], tmp_path: Path) 
     assert workflow.plan(LR, changes=changes) == []
     gone = {"datasets": {"holdout": {"images": ["s3://photos/set/x-77.tar"]}}}
     done = workflow.snakemake("--dry-run", "--", LR, changes=gone)
-    assert done.returncode != 0 and "s3://photos/set/x-77.tar" in done.stdout, done.stdout[-3000:]
+    assert done.returncode != 0 and "images: s3://photos/set/x-77.tar: not found" in done.stdout, done.stdout[-3000:]
 
 
 def test_results_on_another_disk(tmp_path: Path) -> None:
