@@ -47,6 +47,36 @@ num_gpus = 0 if cfg.device == "cpu" else 1
 images_per_block = cfg.limits.images_per_shard * cfg.rollout.rollouts_per_block
 
 
+# `--cache` takes outputs of `rollout` and `score` from $SNAKEMAKE_OUTPUT_CACHE, where another workflow has left them
+# (docs/storage.md). Snakemake knows an output by the shell commands, params and raw inputs of all jobs up to it.
+caching = workflow.workflow_settings.cache is not None
+if caching and workflow.remote_exec:
+    raise WorkflowError(
+        "--cache: found in a job of a cluster; wanted a run on one machine"
+    )
+
+
+def raw_files(path):
+    """A given file or folder as an input; with `--cache` a folder's files, since their bytes are read."""
+    if caching and Path(path).is_dir():
+        return sorted(str(found) for found in Path(path).rglob("*") if found.is_file())
+    return [path]
+
+
+def own_shard(wildcards, input):
+    """A param of rules that only a wildcard tells their shard, which a cache does not look at.
+
+    It takes `input` so that Snakemake counts it as derived, and reruns nothing that was made without it.
+    """
+    return wildcards.shard
+
+
+def without_benchmark(rule):
+    """Snakemake caches no output of a rule with a benchmark."""
+    if caching:
+        workflow.get_rule(rule)._benchmark = None
+
+
 def growing(amount):
     """A resource of which the second and third try ask for as much again: memory, or minutes of work not known."""
     return lambda wildcards, attempt: amount * min(attempt, 3)
@@ -76,10 +106,10 @@ def blocks(dataset):
 
 def control_input(policy):
     """The control weights as a workflow input; those of the package or of the weights cache are no input."""
+    path = control_arg(policy)
     if policy in cfg.runs:
-        return [f"{R}/runs/{policy}/policy"]
-    path = cfg.policies[policy].control
-    return [] if path.startswith(("builtin:", "hub:")) else [path]
+        return [path]
+    return [] if path.startswith(("builtin:", "hub:")) else raw_files(path)
 
 
 def model_input(policy):
@@ -90,4 +120,8 @@ def model_input(policy):
 
 
 def control_arg(policy):
-    return next(iter(control_input(policy)), cfg.policy(policy).control)
+    return (
+        f"{R}/runs/{policy}/policy"
+        if policy in cfg.runs
+        else cfg.policies[policy].control
+    )

@@ -21,6 +21,7 @@ rule degrade:
             | {"seed": cfg.seed}
         ),
         version=versions.DEGRADE,
+        shard=own_shard,
     shell:
         "python -m dp2osr.stages.degrade --images {input.images} --shard {wildcards.shard} --device {resources.device}"
         " --config {params.config:q} --lr {output.lr} 2> {log}"

@@ -30,7 +30,8 @@ def prompt_table(wildcards):
 def prompt_model(wildcards):
     """The files of the model that describes the images of a dataset; those of the weights cache are no input."""
     files = config_checks.prompt_files(cfg.datasets[wildcards.dataset].prompt)
-    return [path for path in files.values() if path and not path.startswith("hub:")]
+    given = [path for path in files.values() if path and not path.startswith("hub:")]
+    return [found for path in given for found in raw_files(path)]
 
 
 rule prompt:
@@ -52,6 +53,7 @@ rule prompt:
     params:
         config=prompt_job,
         version=versions.PROMPT,
+        shard=own_shard,
     shell:
         "python -m dp2osr.stages.prompt --images {input.images} --shard {wildcards.shard}"
         " --config {params.config:q} --prompts {output.prompts} 2> {log}"
@@ -79,6 +81,7 @@ rule describe:
     params:
         config=prompt_job,
         version=versions.PROMPT,
+        shard=own_shard,
     shell:
         "python -m dp2osr.stages.prompt --images {input.images} --shard {wildcards.shard} --lr {input.lr}"
         " --device {resources.device} --config {params.config:q} --prompts {output.prompts} 2> {log}"

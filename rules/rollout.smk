@@ -68,6 +68,7 @@ rule rollout:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/rollout/shard-{{shard}}.block-{{block}}.tsv"
     wildcard_constraints:
         policy="|".join(sampled_policies),
+    cache: caching
     threads: 2
     resources:
         mem_mb=growing(16000),
@@ -88,3 +89,6 @@ rule rollout:
         "python -m dp2osr.stages.rollout --lr {input.lr} --embeddings {input.embeddings}"
         " --control {params.control:q} --batch-size {resources.batch_size} --device {resources.device}"
         " --config {params.config:q} --candidates {output.candidates} 2> {log}"
+
+
+without_benchmark("rollout")

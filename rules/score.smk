@@ -25,6 +25,7 @@ rule score:
         f"{R}/logs/{{dataset}}/{{policy}}/score/{{metrics}}/shard-{{shard}}.block-{{block}}.log",
     benchmark:
         f"{R}/benchmarks/{{dataset}}/{{policy}}/score/{{metrics}}/shard-{{shard}}.block-{{block}}.tsv"
+    cache: caching
     threads: 1
     resources:
         mem_mb=growing(8000),
@@ -42,3 +43,6 @@ rule score:
         "python -m dp2osr.stages.score --candidates {input.candidates} --lr {input.lr} {params.niqe}"
         " --batch-size {resources.batch_size} --device {resources.device}"
         " --config {params.config:q} --scores {output.scores} 2> {log}"
+
+
+without_benchmark("score")

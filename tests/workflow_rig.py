@@ -17,6 +17,12 @@ from dp2osr import tables
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "config.yaml"
 SMALLEST = ROOT / "tests" / "data" / "smallest.yaml"
+# 30,000 images, M = 64: 300 shards of 100 images, blocks of 16 seeds.
+FULL_SCALE: dict[str, Any] = {
+    "datasets": {"train": {"images": ["data/photographs"], "crops_per_image": 1, "num_shards": 300}},
+    "rewards": {"default": {"num_rollouts": 64}},
+    "rollout": {"rollouts_per_block": 16},
+}
 CORES = len(os.sched_getaffinity(0))
 TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
 
@@ -91,6 +97,14 @@ def parse_jobs(text: str) -> list[Job]:
         if rule not in TARGETS:
             jobs.append((rule, ", ".join(sorted(wildcards[1].split(", "))) if wildcards else ""))
     return jobs
+
+
+def declared(text: str) -> dict[str, list[str]]:
+    """Return the files of all jobs in the output of a dry run, as output, log and benchmark."""
+    found: dict[str, list[str]] = {"output": [], "log": [], "benchmark": []}
+    for kind, paths in re.findall(r"^ {4}(output|log|benchmark): (.*)$", text, re.MULTILINE):
+        found[kind] += paths.split(", ")
+    return found
 
 
 def rules(jobs: list[Job]) -> set[str]:

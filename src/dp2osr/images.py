@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from dp2osr import remote
 from dp2osr.dead_leaves import dead_leaves
 from dp2osr.errors import UserError
 
@@ -56,24 +57,28 @@ class Found:
     is_image: bool  # by its suffix
 
 
-def find(entry: str, *, max_bytes: int) -> Iterator[Found]:
+def find(entry: str, *, max_bytes: int, copies: Path | None = None) -> Iterator[Found]:
     """Yield every file of a config entry in a stable order: a folder, a glob, a file, a .tar shard or builtin:NAME.
 
-    Files over `max_bytes` and files without an image suffix are named but not read. Raises UserError naming the
-    entry when there is no image in it.
+    Of an address (remote.py) the copy in `copies` is read, and the address named. Files over `max_bytes` and files
+    without an image suffix are named but not read. Raises UserError naming the entry when there is no image in it.
     """
     num_images = 0
-    for found in _walk(entry, max_bytes):
+    for found in _walk(entry, max_bytes, copies):
         num_images += found.is_image
         yield found
     if not num_images:
         raise UserError(f"images: {entry}: no image there, wanted files like {', '.join(sorted(SUFFIXES))}")
 
 
-def _walk(entry: str, max_bytes: int) -> Iterator[Found]:
+def _walk(entry: str, max_bytes: int, copies: Path | None) -> Iterator[Found]:
     if entry.startswith(BUILTIN):
         for name in expand_builtin(entry.removeprefix(BUILTIN)):
             yield Found(BUILTIN + name, load_builtin(name), "", True)
+        return
+    if remote.is_remote(entry):
+        for address in remote.expand(entry):
+            yield from _one(address, remote.local(address, copies), max_bytes)
         return
     root = Path(entry)
     if root.is_dir():
@@ -86,19 +91,27 @@ def _walk(entry: str, max_bytes: int) -> Iterator[Found]:
         if not paths:
             raise UserError(f"images: {entry}: not found")
     for path in paths:
-        yield from _members(path, max_bytes) if path.suffix.lower() == ".tar" else [_file(path, max_bytes)]
+        yield from _one(path.as_posix(), path, max_bytes)
 
 
-def _file(path: Path, max_bytes: int) -> Found:
+def _one(name: str, path: Path, max_bytes: int) -> Iterator[Found]:
+    """Yield the members of a .tar shard, or the file itself; `name` is what a table calls it."""
+    if path.suffix.lower() == ".tar":
+        yield from _members(name, path, max_bytes)
+    else:
+        yield _file(name, path, max_bytes)
+
+
+def _file(name: str, path: Path, max_bytes: int) -> Found:
     is_image = path.suffix.lower() in SUFFIXES
     try:
         problem = _refuse(path.suffix, is_image, path.stat().st_size, max_bytes)
-        return Found(path.as_posix(), b"" if problem else path.read_bytes(), problem, is_image)
+        return Found(name, b"" if problem else path.read_bytes(), problem, is_image)
     except OSError as error:
-        return Found(path.as_posix(), b"", f"cannot be read: {error.strerror}", is_image)
+        return Found(name, b"", f"cannot be read: {error.strerror}", is_image)
 
 
-def _members(path: Path, max_bytes: int) -> Iterator[Found]:
+def _members(name: str, path: Path, max_bytes: int) -> Iterator[Found]:
     with _open_tar(path) as (tar, handle):
         for member in tar.getmembers():
             if member.isfile():
@@ -106,7 +119,7 @@ def _members(path: Path, max_bytes: int) -> Iterator[Found]:
                 is_image = suffix.lower() in SUFFIXES
                 problem = _refuse(suffix, is_image, member.size, max_bytes)
                 data = b"" if problem else _slice(handle, member)
-                yield Found(f"{path.as_posix()}{IN_TAR}{member.name}", data, problem, is_image)
+                yield Found(f"{name}{IN_TAR}{member.name}", data, problem, is_image)
 
 
 def _refuse(suffix: str, is_image: bool, size: int, max_bytes: int) -> str:
@@ -136,7 +149,8 @@ def _slice(handle: IO[bytes], member: tarfile.TarInfo) -> bytes:
 class Sources:
     """Reads files by the names that `find` gave, and checks that they still are what the table says."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: Path | None = None) -> None:
+        self._copies = copies  # of what an address names
         self._stack = contextlib.ExitStack()
         self._tars: dict[str, tuple[dict[str, list[tarfile.TarInfo]], IO[bytes]]] = {}
 
@@ -155,7 +169,8 @@ class Sources:
                 if hashlib.sha256(data).hexdigest() == sha256:
                     return data
         except FileNotFoundError:
-            raise UserError(f"images: {source}: not found; it was there at ingest") from None
+            remedy = "; snakemake --forcerun fetch_images copies it again" if remote.is_remote(source) else ""
+            raise UserError(f"images: {source}: not found; it was there at ingest{remedy}") from None
         raise UserError(f"images: {source}: the file changed after ingest; run ingest again")
 
     def _candidates(self, source: str) -> Iterator[bytes]:
@@ -166,11 +181,11 @@ class Sources:
             index, handle = self._index(archive)
             yield from (_slice(handle, found) for found in index.get(member, []))
         else:
-            yield Path(source).read_bytes()
+            yield remote.local(source, self._copies).read_bytes()
 
     def _index(self, archive: str) -> tuple[dict[str, list[tarfile.TarInfo]], IO[bytes]]:
         if archive not in self._tars:
-            tar, handle = self._stack.enter_context(_open_tar(Path(archive)))
+            tar, handle = self._stack.enter_context(_open_tar(remote.local(archive, self._copies)))
             index: dict[str, list[tarfile.TarInfo]] = {}
             for member in tar.getmembers():
                 index.setdefault(member.name, []).append(member)

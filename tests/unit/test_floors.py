@@ -23,6 +23,7 @@ LIGHT = (
     "versions",
     "errors",
     "metrics",
+    "remote",
     "resume",
     "stage",
     "stopping",

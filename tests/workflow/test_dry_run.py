@@ -11,7 +11,7 @@ import yaml
 
 from dp2osr import config
 from dp2osr.config_checks import prompt_files
-from workflow_rig import CONFIG, ROOT, Workflow, count, pick
+from workflow_rig import CONFIG, FULL_SCALE, ROOT, Workflow, count, declared, parse_jobs, pick
 
 BASES = {"study-flow.yaml": ["tiny-flow.yaml"]}  # overlays of an overlay
 OVERLAYS = sorted(path.name for path in (ROOT / "config").glob("*.yaml") if path != CONFIG)
@@ -54,22 +54,23 @@ def test_pretrain_is_asked_for_by_name(tmp_path: Path) -> None:
     assert count(jobs) == {"ingest": 1, "pretrain": 1}
 
 
-def test_full_scale_in_seconds(tmp_path: Path) -> None:
-    """30,000 images, M = 64, 300 shards of 100 images, blocks of 16 seeds."""
-    overlay = {
-        "datasets": {"train": {"images": ["data/photographs"], "crops_per_image": 1, "num_shards": 300}},
-        "rewards": {"default": {"num_rollouts": 64}},
-        "rollout": {"rollouts_per_block": 16},
-    }
+def test_full_scale(tmp_path: Path) -> None:
+    """Seconds of CPU, the number of jobs, and of files: four a job, whatever the number of images."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = Workflow(tmp_path).snakemake("--dry-run", "--quiet", "rules", changes=overlay)
+    done = Workflow(tmp_path).snakemake("--dry-run", changes=FULL_SCALE)
     assert done.returncode == 0, done.stdout[-3000:]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 60  # about 15 s; CPU time, since other tests may share the machine
-    stats = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
-    assert int(stats["rollout"]) == 4 * (300 + 3)  # 4 blocks; base on train, val and holdout, the run on holdout
-    assert int(stats["embed"]) == 302 and int(stats["encode"]) == 300
-    assert int(stats["degrade"]) == 303  # the images of NIQE's model, too
+    jobs = parse_jobs(done.stdout)
+    found = count(jobs)
+    assert len(jobs) == 3644
+    assert found["rollout"] == 4 * (300 + 3)  # 4 blocks; base on train, val and holdout, the run on holdout
+    assert found["embed"] == 302 and found["encode"] == 300
+    assert found["degrade"] == 303  # the images of NIQE's model, too
+    files = {kind: len(set(paths)) for kind, paths in declared(done.stdout).items()}
+    # one output a job, but: 2 of each of 4 rewards, 3 of the training, 2 of the report
+    assert files == {"output": 3644 + 4 + 2 + 1, "log": 3644, "benchmark": 3644}
+    assert not re.search(r"^ *checkpoint \w+:", done.stdout, re.MULTILINE)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

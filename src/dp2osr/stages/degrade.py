@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from dp2osr import images, seeds, stage, tables
+from dp2osr import images, remote, seeds, stage, tables
 from dp2osr.config_degradation import DegradationSettings
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Strict
@@ -33,13 +33,16 @@ class DegradeJob(Strict):
     seed: int
 
 
-def read_crops(rows: pd.DataFrame, *, downscale: int, max_pixels: int) -> Iterator[np.ndarray]:
+def read_crops(
+    rows: pd.DataFrame, *, downscale: int, max_pixels: int, copies: Path | None = None
+) -> Iterator[np.ndarray]:
     """Yield the crop of each row of tables.IMAGES, (crop_size, crop_size, 3) uint8; one photograph is kept decoded.
 
-    Raises UserError when a file is gone or is not the one that was ingested.
+    copies: the folder with the copies of sources that are addresses (remote.py). Raises UserError when a file is gone
+    or is not the one that was ingested.
     """
     decoded, photo = "", np.empty((0, 0, 3), dtype=np.uint8)
-    with images.Sources() as sources:
+    with images.Sources(copies) as sources:
         for row in rows.to_dict("records"):
             if row["sha256"] != decoded:
                 data = sources.read(row["source"], row["sha256"])
@@ -52,9 +55,11 @@ def read_crops(rows: pd.DataFrame, *, downscale: int, max_pixels: int) -> Iterat
             yield crop
 
 
-def degrade_rows(rows: pd.DataFrame, job: DegradeJob, device: "torch.device") -> Iterator[tuple[str, dict[str, bytes]]]:
+def degrade_rows(
+    rows: pd.DataFrame, job: DegradeJob, device: "torch.device", *, copies: Path | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield a sample (key, fields hr.png, lr.png, json) for each row of tables.IMAGES, in its order."""
-    crops = read_crops(rows, downscale=job.downscale, max_pixels=job.max_pixels)
+    crops = read_crops(rows, downscale=job.downscale, max_pixels=job.max_pixels, copies=copies)
     for start in range(0, len(rows), BATCH_SIZE):
         batch = rows.iloc[start : start + BATCH_SIZE]
         yield from _degrade_batch(batch, [next(crops) for _ in range(len(batch))], job, device)
@@ -96,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     table = tables.read(args.images, tables.IMAGES)
     rows = table[(table["status"] == "ok") & (table["shard"] == args.shard)]
-    samples = degrade_rows(rows, args.config, stage.device(args.device))
+    copies = args.images.with_name(remote.FOLDER)
+    samples = degrade_rows(rows, args.config, stage.device(args.device), copies=copies)
     write_shard(args.lr, stage.progress(samples, len(rows), "degraded", LOG))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from dp2osr import images, seeds, stage, tables
+from dp2osr import images, remote, seeds, stage, tables
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Probability, Strict
 
@@ -41,12 +41,15 @@ class IngestJob(Strict):
     seed: int
 
 
-def ingest(job: IngestJob) -> pd.DataFrame:
-    """Find, check and crop all images of the job's entries. Returns rows of tables.IMAGES in source order."""
+def ingest(job: IngestJob, *, copies: Path | None = None) -> pd.DataFrame:
+    """Find, check and crop all images of the job's entries. Returns rows of tables.IMAGES in source order.
+
+    copies: the folder with the copies of entries that are addresses (remote.py).
+    """
     if not job.images:
         raise UserError("config: images: found an empty list, wanted folders, globs, .tar shards or builtin:NAME")
     max_bytes = BYTES_PER_PIXEL * job.max_pixels
-    found = (item for entry in job.images for item in images.find(entry, max_bytes=max_bytes))
+    found = (item for entry in job.images for item in images.find(entry, max_bytes=max_bytes, copies=copies))
     table = pd.DataFrame(list(_rows(found, job)))
     _check_shares(table, job)
     table["image_id"] = _unique(table["image_id"])
@@ -155,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True, help="images.parquet to write")
     stage.config_arg(parser, IngestJob)
     args = stage.parse_args(parser, argv)
-    tables.write(ingest(args.config), args.images, tables.IMAGES)
+    copies = args.images.with_name(remote.FOLDER)
+    tables.write(ingest(args.config, copies=copies), args.images, tables.IMAGES)
 
 
 if __name__ == "__main__":

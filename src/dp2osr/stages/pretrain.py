@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from pydantic import model_validator
 
-from dp2osr import images, resume, stage, tables, versions
+from dp2osr import images, remote, resume, stage, tables, versions
 from dp2osr.config import DatasetSettings, PolicySettings, PretrainSettings
 from dp2osr.strict import Strict
 
@@ -50,11 +50,14 @@ def job_mark(job: PretrainJob, table: Path) -> str:
     return resume.fingerprint(settings, str(versions.PRETRAIN), table, *taken)
 
 
-def read_sources(table: pd.DataFrame, *, max_pixels: int) -> list[tuple[np.ndarray, bool]]:
-    """Return each used file of images.parquet as (H, W, 3) uint8, and whether it is a photograph."""
+def read_sources(table: pd.DataFrame, *, max_pixels: int, copies: Path) -> list[tuple[np.ndarray, bool]]:
+    """Return each used file of images.parquet as (H, W, 3) uint8, and whether it is a photograph.
+
+    copies: the folder with the copies of sources that are addresses (remote.py).
+    """
     used = table[table.status == "ok"].drop_duplicates("source").sort_values("source")
     found = []
-    with images.Sources() as sources:
+    with images.Sources(copies) as sources:
         for source, sha256 in zip(used.source.astype(str), used.sha256.astype(str), strict=True):
             array = images.decode(sources.read(source, sha256), max_pixels=max_pixels)
             found.append((array, not source.startswith("builtin:dead-leaves/")))
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dp2osr.training import pool, pretrain
     from dp2osr.training.checkpoint import atomic_folder
 
-    sources = read_sources(tables.read(args.images, tables.IMAGES), max_pixels=job.dataset.max_pixels)
+    table, copies = tables.read(args.images, tables.IMAGES), args.images.with_name(remote.FOLDER)
+    sources = read_sources(table, max_pixels=job.dataset.max_pixels, copies=copies)
     pairs = pool.draw(sources, job.dataset, job.pretrain, seed=job.seed)
     device = stage.device(args.device)
     checkpoints = args.checkpoints / job_mark(job, args.images)
