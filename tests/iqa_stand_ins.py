@@ -1,0 +1,213 @@
+"""Stand-ins of the weights of pyiqa's metrics, in the files, names and shapes of the true ones (see stand_ins.py)."""
+
+import contextlib
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import stand_ins
+
+TIMM = {
+    "maniqa": "vit_base_patch8_224",
+    "nima": "inception_resnet_v2",
+    "topiq_fr": "resnet50",
+    "topiq_nr": "resnet50",
+}
+CLIP = {"clipiqa+": "RN50", "afine_fr": "ViT-B/32", "afine_nr": "ViT-B/32"}
+# Width, depth, heads of OpenAI's text encoders, vocabulary and context; vision as in the published checkpoints.
+CLIP_SHAPES = {
+    "RN50": {"embed_dim": 1024, "vision_layers": (3, 4, 6, 3), "vision_width": 64, "vision_patch_size": None},
+    "ViT-B/32": {"embed_dim": 512, "vision_layers": 12, "vision_width": 768, "vision_patch_size": 32},
+}
+CLIP_TEXT = {
+    "image_resolution": 224,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "transformer_width": 512,
+    "transformer_heads": 8,
+    "transformer_layers": 12,
+}
+
+
+def add(cache: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write what pyiqa's metric `name` needs into a weights cache; CLIP's published hash becomes the stand-in's."""
+    torch_home = cache / "torch"
+    if name == "lpips":
+        stand_ins.add_alexnet(torch_home)
+        stand_ins.lpips_state(torch_home / "hub" / "pyiqa" / stand_ins.lpips_name())
+        return
+    if name == "qalign":
+        stand_ins.add_repository(cache / "hub", "q-future/one-align", build_one_align(cache / "one-align"))
+        shutil.rmtree(cache / "one-align")
+        return
+    if name in TIMM:
+        add_timm(cache / "hub", TIMM[name])
+    if name in CLIP:
+        add_clip(torch_home / "hub" / "clip", CLIP[name], monkeypatch)
+    if name == "topiq_iaa":
+        add_swin(torch_home / "hub" / "checkpoints")
+    url, state, key = STATES[name]()
+    file = torch_home / "hub" / "pyiqa" / url.rpartition("/")[2]
+    if isinstance(state, torch.Tensor):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(stand_ins.stand_in("ctx", tuple(state.shape), state.dtype), file)
+    elif name.startswith("afine"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parts = {part: {n: stand_ins.stand_in(n, tuple(t.shape), t.dtype) for n, t in s.items()} for part, s in state.items()}
+        torch.save(parts, file)
+    else:
+        stand_ins.save_state(file, state, key=key)
+
+
+def add_timm(hub: Path, architecture: str) -> None:
+    """Write timm's backbone as a hub repository of zeros; pyiqa's own checkpoint overwrites them."""
+    import timm
+
+    with meta():
+        backbone = timm.create_model(architecture, pretrained=False)
+    cfg = backbone.pretrained_cfg
+    repo = cfg["hf_hub_id"] if not cfg["hf_hub_id"].endswith("/") else f"{cfg['hf_hub_id']}{architecture}.{cfg['tag']}"
+    storage = hub / ("models--" + repo.replace("/", "--"))
+    if storage.exists():
+        return
+    stand_ins.save_hole(storage / "snapshots" / stand_ins.COMMIT / "model.safetensors", backbone.state_dict())
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text(stand_ins.COMMIT)
+
+
+def add_clip(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write OpenAI's CLIP as a state dict under its published name."""
+    from pyiqa.archs import afineclip_model, clip_model
+
+    module, kind = (clip_model, "CLIP") if name == "RN50" else (afineclip_model, "AFINECLIP")
+    path = folder / module._MODELS[name].rpartition("/")[2]
+    if not path.exists():
+        with meta():
+            shapes = getattr(module, kind)(**CLIP_SHAPES[name], **CLIP_TEXT).state_dict()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.jit.script(_tree(shapes)).save(str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(module._MODELS, name, f"https://clip.invalid/{digest}/{path.name}")
+
+
+class _Node(torch.nn.Module):
+    """A module of any parameters and children, which a TorchScript archive can hold."""
+
+    def forward(self) -> int:
+        return 0
+
+
+def _tree(shapes: dict[str, Any]) -> torch.nn.Module:
+    """Return modules whose state dict has these names and shapes."""
+    root = _Node()
+    for name, tensor in shapes.items():
+        *path, last = name.split(".")
+        node = root
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, _Node())
+            node = node._modules[part]
+        node.register_buffer(last, stand_ins.stand_in(name, tuple(tensor.shape), tensor.dtype))
+    return root
+
+
+def add_swin(folder: Path) -> None:
+    """Write the Swin backbone of TOPIQ-IAA, which is fetched by URL."""
+    from pyiqa.archs import topiq_swin
+
+    name = "swin_base_patch4_window12_384"
+    with meta():
+        model = getattr(topiq_swin, name)(pretrained=False)
+    url = topiq_swin.default_cfgs[name]["url"]
+    stand_ins.save_state(folder / url.rpartition("/")[2], model.state_dict(), key="model")
+
+
+@contextlib.contextmanager
+def meta() -> Iterator[None]:
+    """Make modules without numbers or weights; Swin reads its rates of stochastic depth from a tensor."""
+    import timm
+
+    create = timm.create_model
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
+        patch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, "pretrained": False}))
+        yield
+
+
+def _network(kind: Any, **options: Any) -> Any:
+    with meta():
+        return kind(**options).state_dict()
+
+
+def topiq(name: str) -> tuple[str, Any, str]:
+    from pyiqa.archs.topiq_arch import CFANet, default_model_urls
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    options = {k: v for k, v in DEFAULT_CONFIGS[name]["metric_opts"].items() if k != "type"}
+    state = _network(CFANet, **options, pretrained=False, backbone_pretrain=False)
+    return default_model_urls[options["model_name"]], state, "params"
+
+
+def maniqa() -> tuple[str, Any, str]:
+    from pyiqa.archs.maniqa_arch import MANIQA, default_model_urls
+
+    return default_model_urls["koniq"], _network(MANIQA, pretrained=False, scale=0.8), ""
+
+
+def musiq() -> tuple[str, Any, str]:
+    from pyiqa.archs.musiq_arch import MUSIQ, default_model_urls
+
+    return default_model_urls["koniq10k"], _network(MUSIQ, pretrained=False), ""
+
+
+def nima() -> tuple[str, Any, str]:
+    from pyiqa.archs.nima_arch import NIMA, default_model_urls
+
+    return (
+        default_model_urls["inception_resnet_v2-ava"],
+        _network(NIMA, base_model_name="inception_resnet_v2", pretrained=False),
+        "params",
+    )
+
+
+def clipiqa() -> tuple[str, Any, str]:
+    from pyiqa.archs.clipiqa_arch import default_model_urls
+
+    return default_model_urls["clipiqa+"], torch.empty(2, 16, 512), ""
+
+
+def afine() -> tuple[str, Any, str]:
+    from pyiqa.archs import afine_arch, afineclip_model
+
+    parts = {
+        "finetuned_clip": _network(afineclip_model.AFINECLIP, **CLIP_SHAPES["ViT-B/32"], **CLIP_TEXT),
+        "natural": _network(afine_arch.AFINEQhead),
+        "fidelity": _network(afine_arch.AFINEDhead),
+        "fidelity_scale": _network(afine_arch.AFINENLM_FR_Fit_with_limit),
+        "natural_scale": _network(afine_arch.AFINENLM_NR_Fit),
+        "adapter": _network(afine_arch.AFINELearnLambda),
+    }
+    return afine_arch.default_model_urls["afine"], parts, ""
+
+
+STATES: dict[str, Callable[[], tuple[str, Any, str]]] = {
+    "topiq_fr": lambda: topiq("topiq_fr"),
+    "topiq_nr": lambda: topiq("topiq_nr"),
+    "topiq_iaa": lambda: topiq("topiq_iaa"),
+    "maniqa": maniqa,
+    "musiq": musiq,
+    "nima": nima,
+    "clipiqa+": clipiqa,
+    "afine_fr": afine,
+    "afine_nr": afine,
+}
+
+
+def build_one_align(folder: Path) -> Path:
+    raise NotImplementedError
