@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import stand_ins
+from dp2osr import weights
 
 TIMM = {
     "maniqa": "vit_base_patch8_224",
@@ -19,6 +19,7 @@ TIMM = {
     "topiq_fr": "resnet50",
     "topiq_nr": "resnet50",
 }
+SCALARS = {"logit_scale": 4.6, "yita4": 20.0}
 CLIP = {"clipiqa+": "RN50", "afine_fr": "ViT-B/32", "afine_nr": "ViT-B/32"}
 # Width, depth, heads of OpenAI's text encoders, vocabulary and context; vision as in the published checkpoints.
 CLIP_SHAPES = {
@@ -42,10 +43,6 @@ def add(cache: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         stand_ins.add_alexnet(torch_home)
         stand_ins.lpips_state(torch_home / "hub" / "pyiqa" / stand_ins.lpips_name())
         return
-    if name == "qalign":
-        stand_ins.add_repository(cache / "hub", "q-future/one-align", build_one_align(cache / "one-align"))
-        shutil.rmtree(cache / "one-align")
-        return
     if name in TIMM:
         add_timm(cache / "hub", TIMM[name])
     if name in CLIP:
@@ -54,15 +51,16 @@ def add(cache: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         add_swin(torch_home / "hub" / "checkpoints")
     url, state, key = STATES[name]()
     file = torch_home / "hub" / "pyiqa" / url.rpartition("/")[2]
-    if isinstance(state, torch.Tensor):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(stand_ins.stand_in("ctx", tuple(state.shape), state.dtype), file)
-    elif name.startswith("afine"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        parts = {part: {n: stand_ins.stand_in(n, tuple(t.shape), t.dtype) for n, t in s.items()} for part, s in state.items()}
-        torch.save(parts, file)
-    else:
-        stand_ins.save_state(file, state, key=key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    filled = fill(state)
+    torch.save({key: filled} if key else filled, file)
+
+
+def fill(state: Any, name: str = "") -> Any:
+    """Put stand-ins in the place of the tensors of a nested dict."""
+    if isinstance(state, dict):
+        return {key: fill(value, key) for key, value in state.items()}
+    return stand_ins.stand_in(name, tuple(state.shape), state.dtype)
 
 
 def add_timm(hub: Path, architecture: str) -> None:
@@ -209,5 +207,37 @@ STATES: dict[str, Callable[[], tuple[str, Any, str]]] = {
 }
 
 
-def build_one_align(folder: Path) -> Path:
-    raise NotImplementedError
+def use(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process's libraries to a cache, as weights.use does before they are imported."""
+    from huggingface_hub import constants
+    from pyiqa.utils import download_util
+
+    monkeypatch.setenv(weights.VARIABLE, str(cache))
+    for name, value in weights.environment(cache, offline=True).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(download_util, "DEFAULT_CACHE_DIR", str(cache / "torch" / "hub" / "pyiqa"))
+
+
+def names_in(cache: Path) -> set[str]:
+    """Return what a cache holds, as metrics.METRICS names it."""
+    files = {path.name for path in (cache / "torch" / "hub").rglob("*") if path.is_file()}
+    storages = [path.name.removeprefix("models--") for path in cache.glob("hub/models--*")]
+    return files | {f"hub:{name.replace('--', '/')}" for name in storages}
+
+
+@torch.no_grad()
+def randomise(metric: Any) -> None:
+    """Give a loaded metric random weights of which no two rows are alike; norms let everything through."""
+    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(5))
+    kept = getattr(metric.net, "clip_model", [])
+    for network in [metric.net, *(kept if isinstance(kept, list) else [])]:
+        for name, value in network.named_parameters():
+            if value.ndim > 1:
+                count, width = value.numel(), value[0].numel()
+                value.copy_(noise.repeat(-(-count // len(noise)))[:count].view_as(value) * width**-0.5)
+            elif name.endswith("weight"):
+                value.fill_(1.0)
+            elif value.ndim == 0:  # CLIP's temperature and A-FINE's logistic curves, about as published
+                value.fill_(next((number for end, number in SCALARS.items() if name.endswith(end)), 1.0))

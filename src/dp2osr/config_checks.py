@@ -74,7 +74,9 @@ def _check_judges(config: "Config") -> None:
     groups = config.iqa.groups
     for group in config.iqa.test_only:
         known("iqa.test_only", group, groups)
-    everywhere = {metric for group, members in groups.items() if group not in config.iqa.test_only for metric in members}
+    everywhere = {
+        metric for group, members in groups.items() if group not in config.iqa.test_only for metric in members
+    }
     alone = {metric for members in groups.values() for metric in members} - everywhere
     for name, reward in config.rewards.items():
         for metric in (*reward.fr, *reward.nr):

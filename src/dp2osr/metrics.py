@@ -85,9 +85,7 @@ METRICS: dict[str, Metric] = {
     "piqe": Metric("nr", True, 0.0, 100.0, 32),
     "entropy": Metric("nr", False, 0.0, 8.0, 1, scratch=2100),
     # with weights: the paper's reward and evaluation sets
-    "lpips": Metric(
-        "fr", True, 0.0, 1.0, 32, ("LPIPS_v0.1_alex-df73285e.pth", "alexnet-owt-7be5be79.pth"), scratch=36
-    ),
+    "lpips": Metric("fr", True, 0.0, 1.0, 32, ("LPIPS_v0.1_alex-df73285e.pth", "alexnet-owt-7be5be79.pth"), scratch=36),
     "topiq_fr": Metric("fr", False, 0.0, 1.0, 32, ("cfanet_fr_kadid_res50-2c4cc61d.pth", _RESNET)),
     "afine_fr": Metric("fr", True, -2.0, 2.0, 32, _CLIP, batch_safe=False, multiple=32),
     "maniqa": Metric(
@@ -97,7 +95,7 @@ METRICS: dict[str, Metric] = {
         1.0,
         32,
         ("ckpt_koniq10k.pt", "hub:timm/vit_base_patch8_224.augreg2_in21k_ft_in1k"),
-        scratch_image=200 * 2**20,
+        scratch_image=720 * 2**20,
     ),
     "musiq": Metric("nr", False, 0.0, 100.0, 32, ("musiq_koniq_ckpt-e95806b9.pth",), scratch_image=15 * 2**20),
     "clipiqa+": Metric("nr", False, 0.0, 1.0, 32, ("CLIP-IQA%2B_learned_prompts-603f3273.pth", "RN50.pt")),
@@ -120,7 +118,7 @@ METRICS: dict[str, Metric] = {
         10.0,
         32,
         ("cfanet_iaa_ava_swin-393b41b4.pth", "swin_base_patch4_window12_384_22kto1k.pth"),
-        scratch_image=32 * 2**20,
+        scratch_image=21 * 2**20,
     ),
     # VisualQuality-R1 (iqa/vqr1.py): a language model that looks, thinks and answers with a number
     "vqr1": Metric("nr", False, 1.0, 5.0, 28, batch_safe=False, no_number="unparsed", own=True),

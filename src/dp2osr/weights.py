@@ -231,6 +231,11 @@ def _problems(folder: Path, manifest: Manifest, item: str) -> Iterator[str]:
     yield from file_problems(folder, manifest, manifest.items[item].files, sizes_only=True)
 
 
+def locate(text: str) -> Path:
+    """Return where a model lies: at its path, or as a `hub:` name in the cache."""
+    return resolve_hub(text) if text.startswith("hub:") else Path(text)
+
+
 def resolve_hub(text: str) -> Path:
     """Return where a `hub:` name lies in the cache in use, else in huggingface_hub's own; never touches the network."""
     name, folder = parse_hub(text), in_use()

@@ -125,7 +125,9 @@ def test_failures_are_rows_with_a_status_and_are_not_averaged(folder: Path, rand
         assert [row[4] for row in small] == ["too_small"]
     assert rows["ok"] == [(*key, "vqr1", 3.25, "ok") for key in keys]
     assert [row[4] for row in rows["bad"]] == ["unparsed"] * 3
-    frame = pd.DataFrame([*rows["ok"][:1], *rows["bad"][1:]], columns=["group_id", "rollout", "metric", "score", "status"])
+    frame = pd.DataFrame(
+        [*rows["ok"][:1], *rows["bad"][1:]], columns=["group_id", "rollout", "metric", "score", "status"]
+    )
     assert frame["score"].mean() == 3.25
 
 

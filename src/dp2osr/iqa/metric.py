@@ -138,9 +138,7 @@ def _pick(images: torch.Tensor | None, index: int) -> torch.Tensor | None:
     return None if images is None else images[index : index + 1]
 
 
-def _create(
-    name: str, device: torch.device, niqe: Path | None, niqe_block: int, vqr1: Vqr1Settings | None
-) -> Any:
+def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int, vqr1: Vqr1Settings | None) -> Any:
     """Return pyiqa's metric, its NIQE with our model and block size; or one of our own."""
     import pyiqa
 

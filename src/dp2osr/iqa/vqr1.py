@@ -10,7 +10,6 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from dp2osr.config import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.shards import to_uint8
-from dp2osr.weights import resolve_hub
+from dp2osr.weights import locate
 
 LOG = logging.getLogger("iqa")
 SAFE = {"local_files_only": True, "trust_remote_code": False}
@@ -51,8 +50,7 @@ class VisualQuality(nn.Module):
 
     def __init__(self, settings: Vqr1Settings, *, device: torch.device) -> None:
         super().__init__()
-        hub = settings.model.startswith("hub:")
-        self.folder = resolve_hub(settings.model) if hub else Path(settings.model)
+        self.folder = locate(settings.model)
         if not self.folder.is_dir():
             raise UserError(f"metric 'vqr1': model {self.folder}: no such folder (iqa.vqr1.model)")
         with _one_line(f"metric 'vqr1': model {self.folder}"):

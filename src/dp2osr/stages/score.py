@@ -166,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dp2osr import shards
     from dp2osr.iqa.metric import Scorer
+    from dp2osr.iqa.origin import origins
 
     job: ScoreJob = args.config
     settings = (job.model_dump_json(), f"{versions.SCORE} {version('pyiqa')}", f"{args.batch_size} {args.device}")
@@ -176,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scorer = Scorer(job.metrics, device=device, batch_size=args.batch_size, **how)
     count = shards.count_samples(args.candidates)
     frame = score_all(read_candidates(args.candidates), read_hr(args.lr), scorer, parts, num_candidates=count)
-    tables.write(frame, args.scores, tables.SCORES)
+    made_by = origins(job.metrics, niqe=args.niqe, vqr1=job.vqr1)
+    tables.write(frame, args.scores, tables.SCORES, origins=made_by)
     parts.clear()
     log_summary(frame, scorer)
 
