@@ -4,11 +4,14 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stand_ins
 from dp2osr import weights
@@ -241,3 +244,16 @@ def randomise(metric: Any) -> None:
                 value.fill_(1.0)
             elif value.ndim == 0:  # CLIP's temperature and A-FINE's logistic curves, about as published
                 value.fill_(next((number for end, number in SCALARS.items() if name.endswith(end)), 1.0))
+
+
+def calibration_pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pyiqa's five distorted images and their references, (5, 3, 384, 512) each, from its wheel."""
+    spec = find_spec("pyiqa")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]).parent / "ResultsCalibra"
+    names = ("I03", "I04", "I06", "I08", "I19")
+    sides = []
+    for side in ("dist_dir", "ref_dir"):
+        arrays = [np.array(Image.open(folder / side / f"{name}.bmp").convert("RGB")) for name in names]
+        sides.append(torch.stack([torch.from_numpy(array).permute(2, 0, 1).float().div(255) for array in arrays]))
+    return sides[0], sides[1]

@@ -1,5 +1,6 @@
-"""A tiny random Qwen2.5-VL in the true layout: config, generation config, tokenizer, processor, template, safetensors."""
+"""A tiny random Qwen2.5-VL in the true layout: settings, tokenizer, processor, chat template, safetensors."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -103,5 +104,5 @@ def rig(model: transformers.Qwen2_5_VLForConditionalGeneration, tokenizer: trans
         size = language.embed_tokens.weight.shape[0]
         language.embed_tokens.weight.zero_()[:, :size] = torch.eye(size)
         model.lm_head.weight.zero_()
-        for token, following in zip(chain, chain[1:], strict=False):
+        for token, following in itertools.pairwise(chain):
             model.lm_head.weight[following, token] = 1.0

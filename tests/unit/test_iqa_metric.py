@@ -1,7 +1,6 @@
 """The Scorer: pyiqa's own values, batch equals single, nothing of the process is changed."""
 
 import io
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import iqa_stand_ins
 from dp2osr.errors import UserError
 from dp2osr.images import load_builtin
 from dp2osr.iqa import pretrained
@@ -74,10 +74,7 @@ def niqe_mat(photos: list[torch.Tensor], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def distorted() -> list[torch.Tensor]:
-    spec = find_spec("pyiqa")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0]).parent / "ResultsCalibra" / "dist_dir"
-    return [to_tensor(folder / f"{name}.bmp") for name in PHOTOS]
+    return list(iqa_stand_ins.calibration_pairs()[0])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

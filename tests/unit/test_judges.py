@@ -68,6 +68,25 @@ def test_files_are_loaded_and_a_batch_scores_as_single_images(
         assert file.startswith("hub:") or f"{file} sha256:" in origin.origins([name], niqe=None, vqr1=None)[name]
 
 
+# Of pyiqa's calibration pairs (tests/unit/test_iqa_metric.py), as pyiqa publishes its own results.
+PUBLISHED = {
+    "lpips": [0.7237, 0.2572, 0.0508, 0.0521, 0.4253],
+    "musiq": [12.4773, 75.7764, 73.7459, 75.4604, 38.0248],
+}
+
+
+@pytest.mark.skipif(not weights.in_use(), reason="needs the true weights: a cache in DP2OSR_WEIGHTS")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = weights.in_use()
+    assert folder is not None
+    iqa_stand_ins.use(folder, monkeypatch)
+    distorted, photos = iqa_stand_ins.calibration_pairs()
+    scorer = Scorer([name], device=CPU, niqe=None, niqe_block=32, batch_size=1)
+    found = scorer.score(distorted, photos)[name]
+    np.testing.assert_allclose(found, PUBLISHED[name], rtol=0, atol=1e-4 if name == "lpips" else 1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*SMALL, *LARGE])
 def test_the_gpu_scores_as_the_cpu(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

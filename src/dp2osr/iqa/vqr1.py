@@ -1,4 +1,4 @@
-"""VisualQuality-R1 (Wu et al. 2025) as a metric: a Qwen2.5-VL that was tuned to rate images, and says how it came to it.
+"""VisualQuality-R1 (Wu et al. 2025) as a metric: a Qwen2.5-VL, tuned to rate images, that says how it came to a rating.
 
 It runs through transformers' own classes, from a folder, in bfloat16 as published, one image at a time and always with
 the likeliest next token, so that a score depends on nothing but the image. Its authors sample from the 50 likeliest;
