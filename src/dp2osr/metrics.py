@@ -93,7 +93,7 @@ METRICS: dict[str, Metric] = {
         False,
         0.0,
         1.0,
-        32,
+        224,
         ("ckpt_koniq10k.pt", "hub:timm/vit_base_patch8_224.augreg2_in21k_ft_in1k"),
         scratch_image=720 * 2**20,
     ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,10 @@ def test_stages_run_with_the_network_cut(tmp_path: Path, cache: Path, config_dic
     assert [each.returncode for each in done] == [0, 0, 0], "\n".join(each.stderr[-2000:] for each in done)
     scores = tables.read(tmp_path / "scores.parquet", tables.SCORES)
     assert set(scores["metric"]) == {*METRICS, "psnr"} and set(scores["status"]) == {"ok"}
+    made = tables.read_origins(tmp_path / "scores.parquet")
+    known = {fact.sha256 for fact in weights.read_manifest(cache).files.values()}
+    assert {name: line.count("sha256:") for name, line in made.items()} == {"lpips": 2, "topiq_nr": 2, "psnr": 0}
+    assert all(found in known for line in made.values() for found in re.findall(r"sha256:(\w+)", line))
     assert not cut.attempts.exists(), cut.attempts.read_text()
 
 

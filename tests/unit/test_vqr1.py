@@ -66,7 +66,7 @@ def test_a_score_is_read(text: str, wanted: float) -> None:
         "<answer>3.25/5.00</answer>",
         "<answer>3,25</answer>",
         "<answer>nan</answer>",
-        "<answer>٣.٢٥</answer>",
+        "<answer>3.٢٥</answer>",
         "<answer>3.25",  # cut off
         "<think>good <answer>3.25</answer>",  # cut off while it thought
         "<answer>3.25</answer><answer>3.50</answer>",

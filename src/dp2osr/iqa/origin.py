@@ -51,7 +51,10 @@ def _files(name: str, niqe: Path | None, vqr1: Vqr1Settings | None) -> Iterator[
 
 
 def _repository(text: str) -> list[Path]:
-    folder = weights.locate(text)
+    """Return the weights of a repository that pyiqa chose, which the cache's manifest files under the metric."""
+    folder = weights.snapshot(weights.hub_cache(), weights.parse_hub(text))
+    if folder is None:
+        return []
     return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
 
 

@@ -32,7 +32,7 @@ PROMPT = (
     "very poor quality and 5 representing excellent quality. First output the thinking process in <think> </think> "
     "tags and then output the final answer with only one score in <answer> </answer> tags."
 )
-_ANSWER = re.compile(r"\s*<answer>\s*([1-5]\.\d\d)\s*</answer>\s*")
+_ANSWER = re.compile(r"\s*<answer>\s*([1-5]\.[0-9]{2})\s*</answer>\s*")
 SHOWN = 120  # characters of an answer that are logged where it holds no score
 
 disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
