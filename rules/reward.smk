@@ -7,12 +7,12 @@ def num_candidates(wildcards):
 
 
 def reward_job(wildcards):
-    """The definition, and the names of the score tables: every metric group and shard, the blocks that M needs."""
+    """The definition, and the names of the score tables: the data set's metric groups and shards, M's blocks."""
     used = -(-num_candidates(wildcards) // cfg.rollout.rollouts_per_block)
     return {
         "reward": cfg.rewards[wildcards.reward].model_dump(),
         "num_candidates": num_candidates(wildcards),
-        "groups": list(cfg.iqa.groups),
+        "groups": cfg.metric_groups(wildcards.dataset),
         "shards": shards(wildcards.dataset),
         "blocks": blocks(wildcards.dataset)[:used],
     }

@@ -7,10 +7,11 @@ def score_niqe(wildcards):
 
 
 def score_job(wildcards):
-    """What determines the scores; without niqe, its block size does not."""
+    """What determines the scores; without niqe, its block size does not, nor do vqr1's settings without vqr1."""
     names = cfg.iqa.groups[wildcards.metrics]
     block = cfg.iqa.niqe.block_size if "niqe" in names else 96
-    return params_json({"metrics": names, "niqe_block": block})
+    vqr1 = {"vqr1": cfg.iqa.vqr1.model_dump()} if "vqr1" in names else {}
+    return params_json({"metrics": names, "niqe_block": block} | vqr1)
 
 
 # Batch size and device are resources, not params: a change of them reruns nothing.

@@ -116,12 +116,21 @@ class NiqeSettings(Strict):
     sharpness: Probability
 
 
+class Vqr1Settings(Strict):
+    """VisualQuality-R1: its folder or `hub:` name, and how long its answer may get."""
+
+    model: str
+    max_tokens: Count
+
+
 class IqaSettings(Strict):
-    """Metric groups (name -> pyiqa metric names); a group is one kind of scoring job."""
+    """Metric groups (name -> metric names); a group is one kind of scoring job. `test_only`: some groups' names."""
 
     groups: dict[Name, list[str]]
+    test_only: list[str]
     batch_size: Count
     niqe: NiqeSettings
+    vqr1: Vqr1Settings
 
 
 class RewardSettings(Strict):
@@ -327,6 +336,11 @@ class Config(Strict):
     def judge(self, run: str) -> str:
         """Return the reward by which a run is validated and reported: its own, unless it names another."""
         return self.runs[run].judge or self.runs[run].reward
+
+    def metric_groups(self, dataset: str) -> list[str]:
+        """Return the metric groups that score `dataset`: those of `test_only` where a run tests on it alone."""
+        tested = any(dataset in run.tests for run in self.runs.values())
+        return [name for name in self.iqa.groups if tested or name not in self.iqa.test_only]
 
     def num_rollouts(self, dataset: str) -> int:
         """Return how many rollouts `dataset` needs: the largest M of the rewards that use it."""

@@ -46,6 +46,7 @@ def check_references(config: "Config") -> None:
     for group, members in config.iqa.groups.items():
         for metric in members:
             known(f"iqa.groups.{group}", metric, metrics.METRICS)
+    _check_judges(config)
     scored = {metric for members in config.iqa.groups.values() for metric in members}
     for name, reward in config.rewards.items():
         for side in ("fr", "nr"):
@@ -66,6 +67,28 @@ def check_references(config: "Config") -> None:
     for name, run in config.runs.items():
         _check_run(config, name, run, models)
     weights.needs(config)  # stops at a `hub:` name that is none
+
+
+def _check_judges(config: "Config") -> None:
+    """Groups that only test sets are scored with hold no metric of a reward, and VisualQuality-R1 has a model."""
+    groups = config.iqa.groups
+    for group in config.iqa.test_only:
+        known("iqa.test_only", group, groups)
+    everywhere = {
+        metric for group, members in groups.items() if group not in config.iqa.test_only for metric in members
+    }
+    alone = {metric for members in groups.values() for metric in members} - everywhere
+    for name, reward in config.rewards.items():
+        for metric in (*reward.fr, *reward.nr):
+            if metric in alone:
+                raise UserError(
+                    f"config: rewards.{name}: found '{metric}', which the groups of iqa.test_only alone have; "
+                    "wanted it in a group that training data are scored with"
+                )
+            if metric == "vqr1":
+                raise UserError(f"config: rewards.{name}: found 'vqr1', wanted none: it judges test sets alone")
+    if any("vqr1" in members for members in groups.values()) and not config.iqa.vqr1.model:
+        raise UserError("config: iqa.vqr1.model: found '', wanted VisualQuality-R1's folder or hub: name")
 
 
 def prompt_files(prompt: "PromptSettings") -> dict[str, str]:

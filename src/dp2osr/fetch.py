@@ -24,7 +24,7 @@ from dp2osr.errors import UserError
 LOG = logging.getLogger("weights")
 # A metric that is one whole repository is fetched without being created: Q-Align takes 16 GB of memory.
 REPOSITORIES = {"qalign": "hub:q-future/one-align"}
-_SETTINGS = {".json", ".txt", ".model"}
+_SETTINGS = {".json", ".txt", ".model", ".jinja"}
 _SAFE = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
 _TORCH = re.compile(r"(diffusion_)?pytorch_model(-\d{5}-of-\d{5})?\.bin")
 IDLE_S = 3600.0  # no download leaves its temporary file untouched for so long

@@ -64,9 +64,13 @@ def _seconds(config: Config, shards: Mapping[str, Mapping[str, int]]) -> dict[tu
         sums[stage, kind][0] += seconds
         sums[stage, kind][1] += count
     means = {key: seconds / count for key, (seconds, count) in sums.items() if count}
-    groups = [means.pop(("score", group), None) for group in config.iqa.groups]
-    known = [mean for mean in groups if mean is not None]
-    return means | ({("score", ""): sum(known)} if groups and len(known) == len(groups) else {})
+    parts = {group: means.pop(("score", group), None) for group in config.iqa.groups}
+    for dataset in config.datasets:
+        groups = config.metric_groups(dataset)
+        known = [mean for group in groups if (mean := parts[group]) is not None]
+        if groups and len(known) == len(groups):
+            means["score", ", ".join(groups)] = sum(known)
+    return means
 
 
 def _jobs(config: Config, shards: Mapping[str, Mapping[str, int]]) -> Iterator[Job]:

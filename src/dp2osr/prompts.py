@@ -141,25 +141,20 @@ def load_describer(job: PromptJob, device: "torch.device") -> Describer:
 
         tags = read_lines(job.tags.tag_list, "tag list")
         thresholds = read_thresholds(job.tags, len(tags))
-        dape = _located(job.tags.dape) if job.tags.dape else None
-        return ram.load(_located(job.tags.ram), dape, tags=tags, thresholds=thresholds, device=device)
+        dape = weights.locate(job.tags.dape) if job.tags.dape else None
+        return ram.load(weights.locate(job.tags.ram), dape, tags=tags, thresholds=thresholds, device=device)
     if job.source == "caption" and job.caption is not None:
         from dp2osr.models.caption import Captioner
 
-        folder = _located(job.caption.model)
+        folder = weights.locate(job.caption.model)
         return Captioner(folder, question=job.caption.question, max_tokens=job.caption.max_tokens, device=device)
     raise UserError(f"config: source: found '{job.source}', wanted tags or caption, and the section of that name")
-
-
-def _located(path: str) -> Path:
-    """Return where a model lies: at its path, or in the weights cache."""
-    return weights.resolve_hub(path) if path.startswith("hub:") else Path(path)
 
 
 def read_lines(path: str, what: str) -> list[str]:
     """Return the lines of a UTF-8 text file without white space around them; none may be empty but the last."""
     try:
-        lines = [line.strip() for line in _located(path).read_text(encoding="utf-8").rstrip().split("\n")]
+        lines = [line.strip() for line in weights.locate(path).read_text(encoding="utf-8").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path}: not readable ({error})") from None
     if "" in lines:

@@ -1,10 +1,11 @@
 """`dp2osr show TABLE`: what a parquet table holds, as plain text for a terminal."""
 
 import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,15 @@ def columns_text(schema: pa.Schema, described: pa.Schema, width: int) -> str:
         lines.append(head + wrapped[0])
         lines += [" " * len(head) + more for more in wrapped[1:]]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def origins_text(origins: Mapping[str, str], width: int) -> str:
+    """List what made each metric's numbers, the start of each sha256."""
+    lines = []
+    for name, made in origins.items():
+        short = re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]+", r"\1…", made)
+        lines += textwrap.wrap(f"{name}: {short}", width - 2, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def numbers_text(frame: pd.DataFrame) -> str:
@@ -261,6 +271,8 @@ def summarise(path: Path | str, *, width: int | None = None, colour: bool | None
     size = Path(path).stat().st_size / 1024
     title = f"{path}: {name or 'table'}, {len(frame):,} rows{groups}, {len(frame.columns)} columns, {size:,.0f} KiB"
     sections = [("columns", columns_text(table.schema, described, width))]
+    if made := tables.origins(table.schema):
+        sections.append(("made by", origins_text(made, width)))
     if len(frame):
         sections += [("numbers", numbers_text(frame)), ("values", categories_text(frame, width))]
         if name in _DETAILS and set(described.names) <= set(frame.columns):

@@ -129,7 +129,7 @@ def _candidate_jobs(wanted: Wanted) -> Iterator[Job]:
         stage = "derive" if wanted.derive(policy) else "rollout"
         yield from (make(stage, **cell) for cell in cells(dataset, policy, blocks))
     for (dataset, policy), blocks in sorted(wanted.scored.items()):
-        for metrics in config.iqa.groups:
+        for metrics in config.metric_groups(dataset):
             yield from (make("score", metrics=metrics, **cell) for cell in cells(dataset, policy, blocks))
     for dataset, policy, reward in sorted(wanted.rewards):
         yield make("reward", dataset=dataset, policy=policy, reward=reward)

@@ -3,7 +3,8 @@
 Unit, range and direction of each column are in its field metadata, so that they travel with the file.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ from dp2osr.metrics import METRICS, arrow
 from dp2osr.resume import atomic
 
 NORM = "__norm"  # suffix of a metric's normalised score
+ORIGINS = b"origins"  # key in the schema's metadata: what made each metric's numbers, as JSON (iqa/origin.py)
 
 _TEXT, _INT, _FLOAT = pa.string(), pa.int32(), pa.float64()
 
@@ -69,7 +71,7 @@ SCORES = _schema(
     _ROLLOUT,
     _column("metric", _TEXT, "pyiqa's name"),
     _column("score", _FLOAT, "raw value of the metric; its direction is in the rewards table's fields"),
-    _column("status", _TEXT, "ok, nan, inf or too_small"),
+    _column("status", _TEXT, "ok; why there is no number: nan, inf, too_small, wrong_size (A-FINE), unparsed (vqr1)"),
 )
 
 SCALES = _schema(
@@ -215,6 +217,26 @@ def read_rewards(path: Path | str) -> pd.DataFrame:
     return table.to_pandas()
 
 
+def origins(schema: pa.Schema) -> dict[str, str]:
+    """Return what made the numbers of each metric, as far as the table says it: package, versions, weights."""
+    return dict(json.loads((schema.metadata or {}).get(ORIGINS, b"{}")))
+
+
+def read_origins(path: Path | str) -> dict[str, str]:
+    """Return `origins` of a table that can be read."""
+    return origins(pq.read_schema(path))
+
+
+def merge_origins(known: dict[str, str], more: Mapping[str, str], path: Path | str) -> None:
+    """Add what a table says to `known`; UserError where a metric's numbers are of another making."""
+    for name, origin in more.items():
+        if known.setdefault(name, origin) != origin:
+            raise UserError(
+                f"table {path}: metric '{name}' is by {origin}; other tables by {known[name]}; "
+                "wanted one: snakemake --forcerun score"
+            )
+
+
 def read_many(paths: Iterable[Path | str], schema: pa.Schema) -> pd.DataFrame:
     """Read tables of one schema, one after the other."""
     frames = [read(path, schema) for path in paths]
@@ -223,13 +245,21 @@ def read_many(paths: Iterable[Path | str], schema: pa.Schema) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def write(frame: pd.DataFrame, path: Path | str, schema: pa.Schema, *, sort: bool = True) -> None:
-    """Write a table atomically, its columns checked and its rows sorted by key."""
+def write(
+    frame: pd.DataFrame,
+    path: Path | str,
+    schema: pa.Schema,
+    *,
+    sort: bool = True,
+    origins: Mapping[str, str] | None = None,
+) -> None:
+    """Write a table atomically, its columns checked and its rows sorted by key; origins: what made each metric."""
     if missing := [name for name in schema.names if name not in frame.columns]:
         raise ValueError(f"table {path}: column '{missing[0]}' is missing, wanted {', '.join(schema.names)}")
     if sort:
         frame = frame.sort_values(keys(schema), kind="stable")
     table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
-    table = table.replace_schema_metadata(schema.metadata)
+    notes = {ORIGINS: json.dumps(dict(origins), sort_keys=True).encode()} if origins else {}
+    table = table.replace_schema_metadata({**(schema.metadata or {}), **notes})
     with atomic(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")

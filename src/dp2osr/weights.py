@@ -231,16 +231,24 @@ def _problems(folder: Path, manifest: Manifest, item: str) -> Iterator[str]:
     yield from file_problems(folder, manifest, manifest.items[item].files, sizes_only=True)
 
 
+def locate(text: str) -> Path:
+    """Return where a model lies: at its path, or as a `hub:` name in the cache."""
+    return resolve_hub(text) if text.startswith("hub:") else Path(text)
+
+
+def hub_cache() -> Path:
+    """Return the folder of repositories in huggingface_hub's layout: of the cache in use, else the library's own."""
+    if (folder := in_use()) is not None:
+        return folder / "hub"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
 def resolve_hub(text: str) -> Path:
     """Return where a `hub:` name lies in the cache in use, else in huggingface_hub's own; never touches the network."""
-    name, folder = parse_hub(text), in_use()
+    name, folder, cache = parse_hub(text), in_use(), hub_cache()
     require(text)
-    if folder is None:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        cache = Path(HF_HUB_CACHE)
-    else:
-        cache = folder / "hub"
     found = snapshot(cache, name)
     if found is None or not (found / name.inner).exists():
         raise UserError(f"model {text}: not found in {cache}; {remedy(folder)}")

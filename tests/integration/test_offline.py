@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -176,6 +177,10 @@ def test_stages_run_with_the_network_cut(done: dict[str, Cut]) -> None:
     assert set(prompts["group_id"]) == set(GROUPS) and named <= set(tiny_ram.TAGS)
     scores = tables.read(folder / FILES["scores"], tables.SCORES)
     assert set(scores["metric"]) == {*METRICS, "psnr"} and set(scores["status"]) == {"ok"}
+    made = tables.read_origins(folder / FILES["scores"])
+    known = {fact.sha256 for fact in weights.read_manifest(done["sd"].cache).files.values()}
+    assert {name: line.count("sha256:") for name, line in made.items()} == {"lpips": 2, "topiq_nr": 2, "psnr": 0}
+    assert all(found in known for line in made.values() for found in re.findall(r"sha256:(\w+)", line))
     validation = tables.read(folder / FILES["validation"], tables.VALIDATION)
     assert validation["step"].tolist() == [0, 1, 2] and validation["reward"].notna().all()
 

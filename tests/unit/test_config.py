@@ -106,6 +106,29 @@ def test_misspelt_metric_is_named_with_those_that_exist(config_dict: dict[str, A
     rejected(config_dict, "iqa.groups.light", "'fsmi'", "fsim")
 
 
+def test_groups_of_test_sets_alone(config_dict: dict[str, Any]) -> None:
+    config_dict["iqa"]["groups"]["evaluation"] = ["ms_ssim", "vif"]
+    config_dict["iqa"]["test_only"] = ["evaluation"]
+    found = config.load(config_dict)
+    assert found.runs["default"].tests == ["holdout"]
+    groups = {name: found.metric_groups(name) for name in ("train", "val", "holdout")}
+    assert groups == {"train": ["light"], "val": ["light"], "holdout": ["light", "evaluation"]}
+    config_dict["rewards"]["default"]["fr"] = ["vif"]
+    rejected(config_dict, "rewards.default", "found 'vif'", "iqa.test_only")
+    config_dict["rewards"]["default"]["fr"] = ["gmsd"]
+    config_dict["iqa"]["test_only"] = ["evalution"]
+    rejected(config_dict, "iqa.test_only", "found 'evalution'", "evaluation, light")
+
+
+def test_vqr1_needs_a_model_and_judges_test_sets_alone(config_dict: dict[str, Any]) -> None:
+    config_dict["iqa"]["groups"]["evaluation"] = ["vqr1"]
+    rejected(config_dict, "iqa.vqr1.model: found ''")
+    config_dict["iqa"]["vqr1"]["model"] = "models/vqr1"
+    config.load(config_dict)
+    config_dict["rewards"]["default"]["nr"] = ["vqr1"]
+    rejected(config_dict, "rewards.default: found 'vqr1'", "test sets alone")
+
+
 def test_reward_takes_only_metrics_that_are_scored(config_dict: dict[str, Any]) -> None:
     config_dict["rewards"]["default"]["fr"] = ["vsi"]
     rejected(config_dict, "rewards.default.fr", "'vsi'")

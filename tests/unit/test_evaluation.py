@@ -205,7 +205,8 @@ def test_stage(tmp_path: Path) -> None:
     for name, wide in (("base", base), ("tuned", tuned)):
         rewards, scales = reward_core.rewards(long(wide), REWARD)
         paths[name] = tmp_path / f"{name}.parquet"
-        tables.write(rewards, paths[name], tables.rewards_schema(["ssim", "niqe", "piqe"]))
+        made = {metric: "pyiqa 1, score 1" for metric in ("ssim", "niqe", "piqe")}
+        tables.write(rewards, paths[name], tables.rewards_schema(["ssim", "niqe", "piqe"]), origins=made)
         tables.write(scales, tmp_path / f"{name}-scales.parquet", tables.SCALES)
     text = dict.fromkeys(("source", "sha256", "split", "status", "reason"), "ok")
     number = dict.fromkeys(("width", "height", "crop_x", "crop_y", "crop_size", "shard"), 0)
@@ -216,6 +217,10 @@ def test_stage(tmp_path: Path) -> None:
     evaluate_stage.main([*options, "--evaluation", str(tmp_path / "e.parquet"), "--config", json.dumps(job)])
     found = tables.read(tmp_path / "e.parquet", tables.EVALUATION).set_index(["policy", "statistic", "m"])
     pd.testing.assert_frame_equal(found, run(base=base, tuned=tuned), check_dtype=False, check_index_type=False)
+    assert tables.read_origins(tmp_path / "e.parquet") == made
+    tables.write(rewards, paths["tuned"], tables.rewards_schema(["ssim", "niqe", "piqe"]), origins={"niqe": "pyiqa 2"})
+    with pytest.raises(UserError, match=r"tuned\.parquet: metric 'niqe' is by pyiqa 2"):
+        evaluate_stage.main([*options, "--evaluation", str(tmp_path / "f.parquet"), "--config", json.dumps(job)])
     with pytest.raises(UserError, match="a name twice"):
         twice = ["--policy", f"a={paths['base']}", f"a={paths['base']}", *options[3:]]
         evaluate_stage.main([*twice, "--evaluation", str(tmp_path / "f.parquet"), "--config", json.dumps(job)])

@@ -104,7 +104,7 @@ def test_earlier_jobs_are_measured(settings: Config, tmp_path: Path) -> None:
     shard.parent.mkdir(parents=True)
     shard.write_bytes(bytes(80_000))
     facts = gather(settings, given_images={}, given_seconds={})
-    assert facts.seconds == {("rollout", "base"): 40 / (5 * 16), ("score", ""): 8 / (5 * 16)}
+    assert facts.seconds == {("rollout", "base"): 40 / (5 * 16), ("score", "light"): 8 / (5 * 16)}
     found = rows(settings, facts)
     assert found["rollout", "holdout, base"].seconds == 0.5 and found["rollout", "holdout, default"].seconds == 0.5
     assert found["rollout", "train, base"].origin == "measured"

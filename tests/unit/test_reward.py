@@ -196,6 +196,26 @@ def test_stage(tmp_path: Path) -> None:
     assert len(tables.read(tmp_path / "one" / "scales.parquet", tables.SCALES)) == 12
 
 
+def test_what_made_the_scores_is_carried_on_and_must_be_one(tmp_path: Path) -> None:
+    made = {"ssim": "pyiqa 1, score 1", "gmsd": "pyiqa 1, score 1"}
+    for shard, group in (("0000", "a"), ("0001", "b")):
+        path = tmp_path / "fr" / f"shard-{shard}.block-000.parquet"
+        tables.write(long(group, ssim=SSIM, gmsd=GMSD), path, tables.SCORES, origins=made)
+    settings = {"fr": ["ssim", "gmsd"], "nr": [], "weight_fr": 0.5, "num_rollouts": 4}
+    job = {"reward": settings, "num_candidates": 4, "groups": ["fr"], "shards": ["0000", "0001"], "blocks": ["000"]}
+    rewards, scales = tmp_path / "rewards.parquet", tmp_path / "scales.parquet"
+    options = ["--scores", str(tmp_path), "--rewards", str(rewards), "--scales", str(scales)]
+    reward_stage.main([*options, "--config", json.dumps(job)])
+    assert tables.read_origins(rewards) == tables.read_origins(scales) == made
+    tables.write(long("b", ssim=SSIM, gmsd=GMSD), path, tables.SCORES, origins=made | {"gmsd": "pyiqa 2, score 1"})
+    rewards.unlink()
+    with pytest.raises(UserError, match=r"shard-0001.*'gmsd' is by pyiqa 2, score 1; other tables by pyiqa 1, score 1"):
+        reward_stage.main([*options, "--config", json.dumps(job)])
+    assert not rewards.exists()
+    tables.write(long("b", ssim=SSIM, gmsd=GMSD), path, tables.SCORES)  # of a time before this was noted
+    reward_stage.main([*options, "--config", json.dumps(job)])
+
+
 def test_read_columns_checks_the_file(tmp_path: Path) -> None:
     frame, scales = core.rewards(long(ssim=SSIM, gmsd=GMSD, niqe=NIQE), M4)
     tables.write(frame, tmp_path / "r.parquet", tables.rewards_schema(["ssim", "gmsd", "niqe"]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dp2osr import tables
+from dp2osr import tables, versions
 from dp2osr.errors import UserError
 from dp2osr.iqa.metric import Scorer
 from dp2osr.shards import decode_image, encode_image, read_shard, write_shard
@@ -57,6 +57,15 @@ def test_rows_are_raw_scores(tmp_path: Path, image_format: str) -> None:
         error = (decode_image(fields[image_format]) - hr[row.group_id]).square().mean()
         assert row.score == pytest.approx(float(-10 * torch.log10(error)), abs=1e-3)
     assert not (tmp_path / "scores.parquet.parts").exists()
+
+
+def test_table_says_what_made_its_numbers(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    write_inputs(tmp_path)
+    score.main(arguments(tmp_path, "psnr", "gmsd"))
+    made = f"pyiqa {version('pyiqa')}, score {versions.SCORE}"
+    assert tables.read_origins(tmp_path / "scores.parquet") == {"psnr": made, "gmsd": made}
 
 
 def test_killed_and_rerun_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ def test_needs_of_a_config(config_dict: dict[str, Any]) -> None:
     found = weights.needs(config.load(config_dict))
     hub = ["hub:owner/control/model.safetensors", "hub:owner/sd@v1"]
     assert found == [*hub, "metric:lpips", "metric:musiq"]
+    config_dict["iqa"]["groups"]["tests"] = ["vqr1"]
+    config_dict["iqa"]["vqr1"]["model"] = "hub:owner/vqr1"
+    assert weights.needs(config.load(config_dict)) == [*hub, "hub:owner/vqr1", "metric:lpips", "metric:musiq"]
     config_dict["policies"]["base"]["model"] = "hub:sd"
     with pytest.raises(UserError, match="model hub:sd: wanted"):
         config.load(config_dict)
@@ -101,6 +104,10 @@ def test_what_is_taken_of_a_repository() -> None:
     assert fetch.choose(pipeline, "") == sorted(name for i, name in enumerate(pipeline) if i not in left)
     assert fetch.choose(pipeline, "512-base-ema.ckpt") == ["512-base-ema.ckpt"]
     assert fetch.choose(pipeline, "unet") == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    language = ["chat_template.jinja", "chat_template.json", "merges.txt", "model.safetensors.index.json", "vocab.json"]
+    assert fetch.choose([*language, "model-00001-of-00002.safetensors", "trainer_state.pt"], "") == sorted(
+        [*language, "model-00001-of-00002.safetensors"]
+    )
     old = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin"]
     assert fetch.choose(old, "") == old[:3]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dp2osr.config import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.iqa import pretrained
 from dp2osr.iqa.pretrained import replaced
@@ -41,6 +42,7 @@ class Scorer:
         niqe: Path | None,
         niqe_block: int,
         batch_size: int,
+        vqr1: Vqr1Settings | None = None,
     ) -> None:
         if unknown := [name for name in names if name not in METRICS]:
             raise UserError(f"metric '{unknown[0]}': unknown, wanted one of {', '.join(sorted(METRICS))}")
@@ -53,7 +55,7 @@ class Scorer:
         if "niqe" in self.names:
             self._min_size["niqe"] = max(self._min_size["niqe"], niqe_block)
         with _settings_kept():
-            self._models = {name: _create(name, device, niqe, niqe_block) for name in self.names}
+            self._models = {name: _create(name, device, niqe, niqe_block, vqr1) for name in self.names}
 
     @property
     def needs_hr(self) -> bool:
@@ -62,7 +64,7 @@ class Scorer:
 
     def too_small(self, name: str, height: int, width: int) -> bool:
         """Whether `name` is not defined for images of this size (pixels)."""
-        return min(height, width) < self._min_size[name]
+        return min(height, width) < self._min_size[name] or bool(METRICS[name].misfit(height, width))
 
     def score(self, candidates: torch.Tensor, hr: torch.Tensor | None = None) -> dict[str, np.ndarray]:
         """Score images; returns metric name -> raw values (B,) float64.
@@ -89,7 +91,7 @@ class Scorer:
         metric = METRICS[name]
         if not metric.batch_safe:
             return 1
-        fitting = SCRATCH[self.device.type] // (metric.scratch * height * width)
+        fitting = SCRATCH[self.device.type] // metric.temporary(height, width)
         return max(1, min(self.batch_size, fitting))
 
     def _check(self, candidates: torch.Tensor, hr: torch.Tensor | None) -> torch.Tensor | None:
@@ -136,9 +138,16 @@ def _pick(images: torch.Tensor | None, index: int) -> torch.Tensor | None:
     return None if images is None else images[index : index + 1]
 
 
-def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int) -> Any:
-    """Return pyiqa's metric, its NIQE with our model and block size."""
+def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int, vqr1: Vqr1Settings | None) -> Any:
+    """Return pyiqa's metric, its NIQE with our model and block size; or one of our own."""
     import pyiqa
+
+    if name == "vqr1":
+        from dp2osr.iqa.vqr1 import VisualQuality
+
+        if vqr1 is None:
+            raise UserError("metric 'vqr1': no model given, wanted the settings of iqa.vqr1")
+        return VisualQuality(vqr1, device=device)
 
     if name == "niqe":
         from dp2osr.iqa import niqe as own
@@ -149,7 +158,7 @@ def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int)
         options = {"type": own.BlockNIQE.__name__, "block_size": niqe_block, "pretrained_model_path": str(niqe)}
         return pyiqa.create_metric(name, device=device, **options)
     make = pretrained.create if METRICS[name].needs_weights else pyiqa.create_metric
-    model = make(name, device=device)
+    model = make(METRICS[name].of or name, device=device, **METRICS[name].options)
     if name == "nlpd":
         model.net.pyramid = once_an_image(model.net.pyramid)
     return model

@@ -41,14 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     job: EvaluateJob = args.config
     if len(policies := dict(args.policy)) < len(args.policy):
         raise UserError(f"--policy: a name twice, found {', '.join(name for name, _ in args.policy)}")
+    rewards = {name: tables.read_rewards(path) for name, path in policies.items()}
+    origins: dict[str, str] = {}
+    for path in (*policies.values(), args.scales):  # policy and reference by one and the same judge
+        tables.merge_origins(origins, tables.read_origins(path), path)
     table = evaluation.evaluate(
-        {name: tables.read_rewards(path) for name, path in policies.items()},
+        rewards,
         scales=tables.read(args.scales, tables.SCALES),
         images=tables.read(args.images, tables.IMAGES),
         **{name: getattr(job, name) for name in ("reference", "reward", "seed")},
         settings=job.evaluate,
     )
-    tables.write(table, args.evaluation, tables.EVALUATION)
+    tables.write(table, args.evaluation, tables.EVALUATION, origins=origins)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,16 @@ def score_paths(folder: Path, job: RewardJob) -> list[Path]:
     return [folder / group / name for group in job.groups for name in names]
 
 
-def read_scores(paths: Iterable[Path]) -> Iterator[pa.Table]:
-    """Yield the tables one at a time, checked, without their statuses: a score that is not finite says it too."""
+def read_scores(paths: Iterable[Path], origins: dict[str, str]) -> Iterator[pa.Table]:
+    """Yield the tables one at a time, checked, without their statuses: a score that is not finite says it too.
+
+    `origins` gains what made each metric's numbers; tables that differ in it are an error.
+    """
     for path in paths:
         columns = ["group_id", "rollout", "metric", "score"]
-        yield read_columns(path, columns, schema=tables.SCORES, encoded=["group_id", "metric"])
+        table = read_columns(path, columns, schema=tables.SCORES, encoded=["group_id", "metric"])
+        tables.merge_origins(origins, tables.origins(table.schema), path)
+        yield table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = stage.parse_args(parser, argv)
     job: RewardJob = args.config
     paths = score_paths(args.scores, job)
-    scores = read_scores(stage.progress(paths, len(paths), "score tables", LOG))
+    origins: dict[str, str] = {}
+    scores = read_scores(stage.progress(paths, len(paths), "score tables", LOG), origins)
     cube = reward.make_cube(scores, num_rollouts=min(job.num_candidates, job.reward.num_rollouts))
     rewards, scales = reward.rewards_of(cube, job.reward)
-    tables.write(scales, args.scales, tables.SCALES, sort=False)
-    tables.write(rewards, args.rewards, tables.rewards_schema(cube.metrics), sort=False)
+    tables.write(scales, args.scales, tables.SCALES, sort=False, origins=origins)
+    tables.write(rewards, args.rewards, tables.rewards_schema(cube.metrics), sort=False, origins=origins)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dp2osr import resume, stage, tables, versions
+from dp2osr.config import Vqr1Settings
 from dp2osr.errors import UserError
+from dp2osr.metrics import METRICS
 from dp2osr.strict import Count, Strict
 
 if TYPE_CHECKING:
@@ -32,10 +34,14 @@ Candidate = tuple[str, int, bytes]  # group_id, rollout, PNG or WebP
 
 
 class ScoreJob(Strict):
-    """What determines the scores: the metrics, and NIQE's block size in pixels (ignored without niqe)."""
+    """What determines the scores: the metrics, and NIQE's block size in pixels (ignored without niqe).
+
+    vqr1: how VisualQuality-R1 is run, where it is among the metrics.
+    """
 
     metrics: list[str]
     niqe_block: Count
+    vqr1: Vqr1Settings | None = None
 
 
 def read_candidates(path: Path) -> Iterator[Candidate]:
@@ -83,9 +89,11 @@ def score_rows(
     """Score images (B, 3, H, W) against hr of the same shape; keys are their groups and rollouts."""
     from dp2osr.iqa.metric import statuses
 
+    height, width = images.shape[-2:]
     rows: list[Row] = []
     for name, values in scorer.score(images, hr).items():
-        status = statuses(values, too_small=scorer.too_small(name, *images.shape[-2:]))
+        found = statuses(values, too_small=scorer.too_small(name, height, width))
+        status = [METRICS[name].named(each, height, width) for each in found]
         rows += [(*key, name, float(value), state) for key, value, state in zip(keys, values, status, strict=True)]
     return rows
 
@@ -158,16 +166,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from dp2osr import shards
     from dp2osr.iqa.metric import Scorer
+    from dp2osr.iqa.origin import origins
 
     job: ScoreJob = args.config
     settings = (job.model_dump_json(), f"{versions.SCORE} {version('pyiqa')}", f"{args.batch_size} {args.device}")
     files = [path for path in (args.candidates, args.lr, args.niqe) if path is not None]
     parts = resume.Parts(args.scores, resume.fingerprint(*settings, *files))
     device = stage.device(args.device)
-    scorer = Scorer(job.metrics, device=device, niqe=args.niqe, niqe_block=job.niqe_block, batch_size=args.batch_size)
+    how = {"niqe": args.niqe, "niqe_block": job.niqe_block, "vqr1": job.vqr1}
+    scorer = Scorer(job.metrics, device=device, batch_size=args.batch_size, **how)
     count = shards.count_samples(args.candidates)
     frame = score_all(read_candidates(args.candidates), read_hr(args.lr), scorer, parts, num_candidates=count)
-    tables.write(frame, args.scores, tables.SCORES)
+    made_by = origins(job.metrics, niqe=args.niqe, vqr1=job.vqr1)
+    tables.write(frame, args.scores, tables.SCORES, origins=made_by)
     parts.clear()
     log_summary(frame, scorer)
 
