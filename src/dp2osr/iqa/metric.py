@@ -150,14 +150,18 @@ class Scorer:
         try:
             return self._call(name, images, reference)
         except Exception as error:  # a metric may raise anything
-            if isinstance(error, torch.linalg.LinAlgError) and len(images) == 1:
-                return np.full(1, np.nan)  # the features hold no number: NIQE of a constant image
             short, reason = _out_of_memory(error), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            number_free = isinstance(error, torch.linalg.LinAlgError)
+            if len(images) == 1 and number_free:
+                return np.full(1, np.nan)  # its features hold no number: NIQE of a constant image
             if len(images) == 1:
                 raise ScoringError(name, first, f"out of memory ({reason})" if short else reason) from error
-        if short:  # here, where the error and what its frames hold is gone
+        # The error is gone here, and with it what its frames hold.
+        if short:
             self._halve(name, images, reason)
             return None
+        if not number_free:
+            LOG.warning("%s: %d images at once failed, now one by one (%s)", name, len(images), reason)
         ones = [self._attempt(name, one[None], reference, first=first + at) for at, one in enumerate(images)]
         return np.concatenate([one for one in ones if one is not None])
 
