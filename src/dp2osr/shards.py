@@ -60,10 +60,12 @@ def read_shard(path: Path | str) -> Iterator[Sample]:
 
 
 def count_samples(path: Path | str) -> int:
-    """Return the number of samples, from the members' headers alone."""
+    """Return the number of samples, from the members' headers alone. Raises UserError where the file is truncated."""
     try:
         with tarfile.open(path) as tar:
-            return len({member.name.partition(".")[0] for member in tar})
+            members = tar.getmembers()
+        _check_end(path, max((member.offset_data + member.size for member in members), default=0))
+        return len({member.name.partition(".")[0] for member in members})
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"shard {path}: truncated or damaged ({error}); delete it and run again") from None
 

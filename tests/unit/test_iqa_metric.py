@@ -12,7 +12,7 @@ import iqa_stand_ins
 from dp2osr.errors import UserError
 from dp2osr.images import load_builtin
 from dp2osr.iqa import pretrained
-from dp2osr.iqa.metric import SCRATCH, Scorer, statuses
+from dp2osr.iqa.metric import SCRATCH, Scorer, ScoringError, statuses
 from dp2osr.metrics import METRICS
 
 CPU = torch.device("cpu")
@@ -177,6 +177,80 @@ def test_micro_batch_limits_scratch_memory() -> None:
     large = judge.micro_batch("ssim", 96, 96)
     assert 1 <= large < 16 and large * METRICS["ssim"].scratch * 96 * 96 <= SCRATCH["cpu"]
     assert judge.micro_batch("ssim", 2000, 2000) == 1
+
+
+class Fake:
+    """A metric that scores the mean of an image, with room for `room` images, and none for an image of a value."""
+
+    def __init__(self, error: Exception, *, room: int = 99, broken: float = -1.0) -> None:
+        self.error, self.room, self.broken = error, room, broken
+        self.batches: list[int] = []
+
+    def __call__(self, images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        assert images.shape == reference.shape
+        self.batches.append(len(images))
+        if len(images) > self.room or (images[:, 0, 0, 0] == self.broken).any():
+            raise self.error
+        return images.mean(dim=(1, 2, 3))
+
+
+def run_fake(fake: Fake, count: int = 7) -> tuple[Scorer, np.ndarray]:
+    """Score `count` images of the constant values 0, 0.125, … beside two HR images with a fake in psnr's place."""
+    judge = scorer("psnr", batch_size=8)
+    judge._models["psnr"] = fake
+    images = (torch.arange(count) / 8).reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    hr = torch.zeros(count, 3, 8, 8)
+    hr[count - 2 :] = 1.0
+    return judge, judge.score(images, hr)["psnr"]
+
+
+CPU_SHORT = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_SHORT), MemoryError()],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize(("room", "batches"), [(99, [5, 2]), (2, [5, 2, 2, 1, 2]), (1, [5, 2, 1, 1, 1, 1, 1, 1, 1])])
+def test_short_memory_halves_the_batch(
+    error: Exception, room: int, batches: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = Fake(error, room=room)
+    judge, values = run_fake(fake)
+    assert fake.batches == batches
+    np.testing.assert_array_equal(values, np.arange(7) / 8)
+    assert caplog.text.count("psnr: out of memory with ") == {99: 0, 2: 1, 1: 2}[room]
+    judge.score(torch.zeros(4, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+    assert max(fake.batches[len(batches) :]) == min(4, room)  # it is remembered
+
+
+def test_no_memory_for_one_image_names_it() -> None:
+    with pytest.raises(ScoringError, match="image 0: out of memory \\(OutOfMemoryError: nothing left"):
+        run_fake(Fake(torch.OutOfMemoryError("nothing left"), room=0))
+
+
+@pytest.mark.parametrize("broken", [3, 6])
+def test_a_crash_names_metric_and_image(broken: int) -> None:
+    with pytest.raises(ScoringError) as caught:
+        run_fake(Fake(IndexError("no\nsuch"), broken=broken / 8))
+    assert (caught.value.metric, caught.value.index, caught.value.reason) == ("psnr", broken, "IndexError: no such")
+
+
+def test_a_batch_that_fails_alone_is_scored_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    fake = Fake(RuntimeError("batches are not for me"), room=1)
+    _, values = run_fake(fake)
+    np.testing.assert_array_equal(values, np.arange(7) / 8)
+    assert "psnr: 5 images at once failed, now one by one (RuntimeError: batches are not for me)" in caplog.text
+
+
+def test_scores_do_not_depend_on_the_batch(photos: list[torch.Tensor]) -> None:
+    hr = photos[1][None, :, :64, :64]
+    images = candidates(hr[0], 5)
+    names = ("fsim", "gmsd", "nlpd", "ssim", "vsi")
+    large, small = (scorer(*names, batch_size=size).score(images, hr) for size in (5, 2))
+    for name in names:
+        np.testing.assert_allclose(large[name], small[name], rtol=1e-6, atol=1e-7)
 
 
 def test_user_errors(tmp_path: Path, photos: list[torch.Tensor]) -> None:

@@ -1,7 +1,9 @@
 """The score stage: long table, statuses, resumed equals undisturbed byte for byte, clear errors."""
 
 import json
+import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import torch
 
 from dp2osr import tables, versions
+from dp2osr.config import RewardSettings
 from dp2osr.errors import UserError
 from dp2osr.iqa.metric import Scorer
+from dp2osr.preference.reward import rewards
 from dp2osr.shards import decode_image, encode_image, read_shard, write_shard
 from dp2osr.stages import score
 
@@ -113,6 +117,108 @@ def test_hr_is_not_needed_without_reference(tmp_path: Path) -> None:
     write_shard(tmp_path / "lr.tar", [(GROUPS[0], {"json": b"{}"})])
     score.main(arguments(tmp_path, "piqe", "entropy"))
     assert len(tables.read(tmp_path / "scores.parquet", tables.SCORES)) == 2 * len(GROUPS) * ROLLOUTS
+
+
+def test_no_number_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and infinity stay what they are, each with its status, and neither enters a reward or moves another's."""
+    write_inputs(tmp_path)
+    original = Scorer._call
+    monkeypatch.setattr(Scorer, "_call", lambda self, *given: spoil(given[0], original(self, *given)))
+
+    def spoil(name: str, values: np.ndarray) -> np.ndarray:
+        values[1] = np.inf if name == "psnr" else np.nan
+        return values
+
+    score.main(arguments(tmp_path, "psnr", "gmsd"))
+    frame = tables.read(tmp_path / "scores.parquet", tables.SCORES)
+    bad = frame[frame["status"] != "ok"]
+    assert set(bad["rollout"]) == {1} and len(bad) == 2 * len(GROUPS)
+    assert bad.groupby("metric")["status"].unique().map(list).to_dict() == {"gmsd": ["nan"], "psnr": ["inf"]}
+    assert np.isposinf(bad["score"][bad["metric"] == "psnr"]).all()
+    settings = RewardSettings(fr=["psnr"], nr=[], weight_fr=0.5, num_rollouts=ROLLOUTS)
+    for used in ("psnr", "gmsd"):
+        rewarded, scales = rewards(frame, settings.model_copy(update={"fr": [used]}))
+        assert set(rewarded["reward"][rewarded["rollout"] != 1]) == {0.0, 1.0}
+        assert rewarded["reward"][rewarded["rollout"] == 1].isna().all()
+        assert set(rewarded["rank"][rewarded["rollout"] == 1]) == {-1}
+        assert np.isfinite(scales[["min", "max"]].to_numpy()).all()
+
+
+def test_a_crash_names_the_candidate_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_inputs(tmp_path)
+    monkeypatch.setattr(score, "CHUNK", 2)
+    original = Scorer._call
+    calls = 0
+
+    def failing(self: Scorer, name: str, *images: torch.Tensor) -> np.ndarray:
+        nonlocal calls
+        calls += name == "gmsd"
+        if name == "gmsd" and calls > 2:
+            raise ValueError("negative\nsize")
+        return original(self, name, *images)
+
+    monkeypatch.setattr(Scorer, "_call", failing)
+    with pytest.raises(UserError) as caught:
+        score.main(arguments(tmp_path, "psnr", "gmsd"))
+    assert str(caught.value) == f"metric 'gmsd': group {GROUPS[1]}, rollout 0: ValueError: negative size"
+    (folder,) = (tmp_path / "scores.parquet.parts").iterdir()
+    assert [part.name for part in folder.iterdir()] == ["000000.json"]
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_the_rates_are_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of images that a metric has scored: none of a metric for which all are too small."""
+    write_inputs(tmp_path)
+    score.main(arguments(tmp_path, "psnr", "ms_ssim"))
+    log = capsys.readouterr().err
+    told = re.findall(r"(\S+): ([\d.]+) images/s \((cpu)\), (\d+) images in ([\d.]+) s", log)
+    assert [(name, count) for name, _, _, count, _ in told] == [("psnr", str(len(GROUPS) * ROLLOUTS))]
+    assert re.search(r"reading and decoding: the metrics waited [\d.]+ s", log)
+    assert "ms_ssim: 9 of 9 scores are too_small" in log
+
+
+@pytest.mark.parametrize("cut", [0, 40, 500])
+def test_a_damaged_image_is_named(tmp_path: Path, cut: int) -> None:
+    write_inputs(tmp_path)
+    for shard, wanted in (
+        ("candidates.tar", f"candidates .*candidates.tar: group {GROUPS[1]}, rollout 1: no readable PNG or WebP image"),
+        ("lr.tar", f"LR shard .*lr.tar: {GROUPS[1]}.hr.png: no readable PNG or WebP image"),
+    ):
+        samples = [(key, dict(fields)) for key, fields in read_shard(tmp_path / shard)]
+        fields = samples[4 if shard == "candidates.tar" else 1][1]
+        name = "png" if shard == "candidates.tar" else "hr.png"
+        whole = fields[name]
+        fields[name] = whole[:cut]
+        write_shard(tmp_path / shard, samples)
+        with pytest.raises(UserError, match=wanted):
+            score.main(arguments(tmp_path, "psnr"))
+        fields[name] = whole
+        write_shard(tmp_path / shard, samples)
+
+
+@pytest.mark.parametrize("json_text", [b"{}", b"no", b'{"group_id": "a", "rollout": null}'])
+def test_damaged_notes_are_named(tmp_path: Path, json_text: bytes) -> None:
+    write_inputs(tmp_path)
+    write_shard(
+        tmp_path / "candidates.tar", [("a-r0000", {"png": encode_image(torch.rand(3, 8, 8)), "json": json_text})]
+    )
+    with pytest.raises(UserError, match=r"candidates.tar: a-r0000.json: wanted group_id and rollout"):
+        score.main(arguments(tmp_path, "piqe"))
+
+
+def test_truncated_candidates_are_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, _ = write_inputs(tmp_path)
+    whole = candidates.read_bytes()
+    monkeypatch.setattr(Scorer, "score", None)
+    with tarfile.open(candidates) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + (last.size + 511) // 512 * 512
+    for size in (end, end + 512, last.offset, last.offset_data + 1, 700):
+        candidates.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"candidates.tar: truncated"):
+            score.main(arguments(tmp_path, "psnr"))
 
 
 def test_user_errors(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_a_truncated_shard_is_refused_wherever_it_is_cut(shard: Path, size: int)
     shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(UserError, match=r"shard\.tar"):
         list(shards.read_shard(shard))
+    with pytest.raises(UserError, match=r"shard\.tar"):
+        shards.count_samples(shard)
 
 
 def test_a_file_that_is_no_tar(tmp_path: Path) -> None:

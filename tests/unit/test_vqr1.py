@@ -120,8 +120,8 @@ def test_failures_are_rows_with_a_status_and_are_not_averaged(folder: Path, rand
         how = {"vqr1": Vqr1Settings(model=str(place), max_tokens=12), "niqe": None, "niqe_block": 32}
         scorer = Scorer(["vqr1"], device=CPU, batch_size=8, **how)
         assert not scorer.needs_hr and scorer.micro_batch("vqr1", 64, 64) == 1
-        rows[name] = score.score_rows(keys, images, None, scorer)
-        small = score.score_rows(keys[:1], images[:1, :, :20, :20], None, scorer)
+        rows[name] = score.score_batch(score.Batch(keys, images, None), scorer)
+        small = score.score_batch(score.Batch(keys[:1], images[:1, :, :20, :20], None), scorer)
         assert [row[4] for row in small] == ["too_small"]
     assert rows["ok"] == [(*key, "vqr1", 3.25, "ok") for key in keys]
     assert [row[4] for row in rows["bad"]] == ["unparsed"] * 3

@@ -1,8 +1,8 @@
 """Scores of images by pyiqa's metrics, batched where that does not change a value.
 
-Every score is what pyiqa's `create_metric(name)` returns. What is shared is work that pyiqa repeats: the features of
-an HR image that stands beside many candidates are computed once a batch. Importing pyiqa takes seconds, so it
-happens when a Scorer is made.
+Every score is what pyiqa's `create_metric(name)` returns. What is shared is work that pyiqa repeats: what a metric
+computes of the HR image alone is computed once for all candidates beside it (iqa/shared.py). Importing pyiqa takes
+seconds, so it happens when a Scorer is made.
 """
 
 import contextlib
@@ -18,20 +18,32 @@ import torch
 from dp2osr.config import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.iqa import pretrained
-from dp2osr.iqa.pretrained import replaced
+from dp2osr.iqa.shared import SharedHr
 from dp2osr.metrics import METRICS
-from dp2osr.repeats import once_an_image
 
 LOG = logging.getLogger("iqa")
 # Largest temporary tensor in bytes. On the CPU, the allocator returns blocks of 32 MiB and more to the system at once,
 # and paging them in again costs several times the arithmetic.
 SCRATCH = {"cpu": 30 * 2**20, "cuda": 2**30}
+# What libraries say, other than torch.OutOfMemoryError and MemoryError, where memory is short.
+OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "STATUS_ALLOC_FAILED")
+OVERWRITING = ("afine_fr", "afine_nr")  # pyiqa's A-FINE normalises the images it is given in place
+
+Reference = tuple[slice, torch.Tensor | None]  # neighbours in the batch, and the HR image (1, 3, H, W) beside them
+
+
+class ScoringError(RuntimeError):
+    """A metric failed on one image: `metric`, `index` of the image in the batch, `reason` in one line."""
+
+    def __init__(self, metric: str, index: int, reason: str) -> None:
+        super().__init__(f"metric '{metric}': image {index}: {reason}")
+        self.metric, self.index, self.reason = metric, index, reason
 
 
 class Scorer:
     """A set of metrics, loaded once.
 
-    seconds: wall clock spent in each metric; num_scored: images scored (both since the Scorer was made).
+    seconds: wall clock spent in each metric; counts: images it has scored (both since the Scorer was made).
     """
 
     def __init__(
@@ -49,13 +61,15 @@ class Scorer:
         self.names = list(names)
         self.device = device
         self.batch_size = batch_size
-        self.num_scored = 0
+        self.counts = dict.fromkeys(self.names, 0)
         self.seconds = dict.fromkeys(self.names, 0.0)
         self._min_size = {name: METRICS[name].min_size for name in self.names}
         if "niqe" in self.names:
             self._min_size["niqe"] = max(self._min_size["niqe"], niqe_block)
         with _settings_kept():
             self._models = {name: _create(name, device, niqe, niqe_block, vqr1) for name in self.names}
+        self._shared = {name: SharedHr(name, model) for name, model in self._models.items()}
+        self._limits: dict[tuple[str, int, int], int] = {}  # batches that memory allowed, by metric and image size
 
     @property
     def needs_hr(self) -> bool:
@@ -66,24 +80,28 @@ class Scorer:
         """Whether `name` is not defined for images of this size (pixels)."""
         return min(height, width) < self._min_size[name] or bool(METRICS[name].misfit(height, width))
 
-    def score(self, candidates: torch.Tensor, hr: torch.Tensor | None = None) -> dict[str, np.ndarray]:
+    def score(
+        self, candidates: torch.Tensor, hr: torch.Tensor | Sequence[torch.Tensor] | None = None
+    ) -> dict[str, np.ndarray]:
         """Score images; returns metric name -> raw values (B,) float64.
 
-        candidates: (B, 3, H, W) float32 RGB in [0, 1]; hr: the same shape, or (1, 3, H, W) for all, or None where no
-        metric needs it. NaN where a metric gives none or the image is too small.
+        candidates: (B, 3, H, W) float32 RGB in [0, 1]; hr: the same shape, or B images (3, H, W), or (1, 3, H, W) for
+        all, or None where no metric needs it. Equal neighbours in hr share their work. NaN where a metric gives none or
+        the image is too small. Raises ScoringError where a metric fails on an image.
         """
-        hr = self._check(candidates, hr)
+        beside = self._beside(candidates, hr)
         height, width = candidates.shape[-2:]
+        images = candidates.to(self.device, non_blocking=True)
         scores = {}
         with _settings_kept(), torch.inference_mode():
             for name in self.names:
-                start = time.perf_counter()
                 if self.too_small(name, height, width):
                     scores[name] = np.full(len(candidates), np.nan)
-                else:
-                    scores[name] = self._run(name, candidates, hr)
+                    continue
+                start = time.perf_counter()
+                scores[name] = self._run(name, images, beside)
                 self.seconds[name] += time.perf_counter() - start
-        self.num_scored += len(candidates)
+                self.counts[name] += len(candidates)
         return scores
 
     def micro_batch(self, name: str, height: int, width: int) -> int:
@@ -92,38 +110,87 @@ class Scorer:
         if not metric.batch_safe:
             return 1
         fitting = SCRATCH[self.device.type] // metric.temporary(height, width)
-        return max(1, min(self.batch_size, fitting))
+        return max(1, min(self.batch_size, fitting, self._limits.get((name, height, width), self.batch_size)))
 
-    def _check(self, candidates: torch.Tensor, hr: torch.Tensor | None) -> torch.Tensor | None:
+    def _beside(self, candidates: torch.Tensor, hr: torch.Tensor | Sequence[torch.Tensor] | None) -> list[Reference]:
+        """Check the shapes; return the runs of candidates that have the same HR image."""
         if candidates.ndim != 4 or candidates.shape[1] != 3:
             raise ValueError(f"candidates: found shape {tuple(candidates.shape)}, wanted (B, 3, H, W)")
         if not self.needs_hr:
-            return None
+            return []
         if hr is None:
             raise ValueError(f"hr: found none, wanted HR images for {', '.join(self.names)}")
-        if len(hr) not in (1, len(candidates)) or hr.shape[1:] != candidates.shape[1:]:
-            raise ValueError(f"hr: found shape {tuple(hr.shape)}, wanted {tuple(candidates.shape)}")
-        return hr.expand_as(candidates)
+        images = list(hr) * (len(candidates) if len(hr) == 1 else 1)
+        if len(images) != len(candidates) or any(image.shape != candidates.shape[1:] for image in images):
+            found = (len(hr), *hr[0].shape) if len(hr) else (0,)
+            raise ValueError(f"hr: found shape {found}, wanted {tuple(candidates.shape)}")
+        starts = [at for at, image in enumerate(images) if at == 0 or not _equal(image, images[at - 1])]
+        stops = [*starts[1:], len(images)]
+        return [(slice(a, b), images[a][None].to(self.device)) for a, b in zip(starts, stops, strict=True)]
 
-    def _run(self, name: str, candidates: torch.Tensor, hr: torch.Tensor | None) -> np.ndarray:
-        size = self.micro_batch(name, *candidates.shape[-2:])
+    def _run(self, name: str, images: torch.Tensor, beside: Sequence[Reference]) -> np.ndarray:
+        """Score all images, as many at once as the metric takes."""
+        runs = beside if METRICS[name].kind == "fr" else [(slice(0, len(images)), None)]
         parts = []
-        for start in range(0, len(candidates), size):
-            image = candidates[start : start + size].to(self.device)
-            reference = hr[start : start + size].to(self.device) if hr is not None else None
-            parts.append(self._call(name, image, reference))
+        for run, reference in runs:
+            at = run.start
+            while at < run.stop:
+                size = min(self.micro_batch(name, *images.shape[-2:]), run.stop - at)
+                values = self._attempt(name, images[at : at + size], reference, first=at)
+                if values is not None:
+                    parts.append(values)
+                    at += size
         return np.concatenate(parts) if parts else np.empty(0)
 
-    def _call(self, name: str, image: torch.Tensor, reference: torch.Tensor | None) -> np.ndarray:
-        """Call the model; an image whose features hold no number (NIQE of a constant) is NaN and spoils no other."""
-        model = self._models[name]
+    def _attempt(
+        self, name: str, images: torch.Tensor, reference: torch.Tensor | None, *, first: int
+    ) -> np.ndarray | None:
+        """Score one batch; returns None where memory was short, and from then on half as many go at once.
+
+        first: index of the first image. Where a batch fails, its images go one by one, so that the error names one.
+        """
         try:
-            with _shared_hr(name):
-                value = model(image, reference) if METRICS[name].kind == "fr" else model(image)
-        except torch.linalg.LinAlgError:
-            if len(image) == 1:
-                return np.full(1, np.nan)
-            return np.concatenate([self._call(name, one[None], _pick(reference, i)) for i, one in enumerate(image)])
+            return self._call(name, images, reference)
+        except Exception as error:  # a metric may raise anything
+            short, reason = _out_of_memory(error), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            number_free = isinstance(error, torch.linalg.LinAlgError)
+            if len(images) == 1 and number_free:
+                return np.full(1, np.nan)  # its features hold no number: NIQE of a constant image
+            if len(images) == 1:
+                raise ScoringError(name, first, f"out of memory ({reason})" if short else reason) from error
+        # The error is gone here, and with it what its frames hold.
+        if short:
+            self._halve(name, images, reason)
+            return None
+        if not number_free:
+            LOG.warning("%s: %d images at once failed, now one by one (%s)", name, len(images), reason)
+        ones = [self._attempt(name, one[None], reference, first=first + at) for at, one in enumerate(images)]
+        return np.concatenate([one for one in ones if one is not None])
+
+    def _halve(self, name: str, images: torch.Tensor, reason: str) -> None:
+        size, (height, width) = len(images) // 2, images.shape[-2:]
+        LOG.warning(
+            "%s: out of memory with %d images of %d x %d, going on with %d (%s)",
+            name,
+            len(images),
+            width,
+            height,
+            size,
+            reason,
+        )
+        self._limits[name, height, width] = size
+        for shared in self._shared.values():
+            shared.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _call(self, name: str, images: torch.Tensor, reference: torch.Tensor | None) -> np.ndarray:
+        """Let pyiqa score a batch (B, 3, H, W) beside one HR image (1, 3, H, W)."""
+        given = [images] if reference is None else [images, reference.expand_as(images)]
+        if name in OVERWRITING:
+            given = [each.clone() for each in given]
+        with self._shared[name].in_use():
+            value = self._models[name](*given)
         return value.detach().reshape(-1).double().cpu().numpy()
 
 
@@ -134,8 +201,13 @@ def statuses(values: np.ndarray, *, too_small: bool) -> list[str]:
     return ["nan" if np.isnan(value) else "inf" if np.isinf(value) else "ok" for value in values]
 
 
-def _pick(images: torch.Tensor | None, index: int) -> torch.Tensor | None:
-    return None if images is None else images[index : index + 1]
+def _equal(image: torch.Tensor, other: torch.Tensor) -> bool:
+    return image is other or torch.equal(image, other)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int, vqr1: Vqr1Settings | None) -> Any:
@@ -158,10 +230,7 @@ def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int,
         options = {"type": own.BlockNIQE.__name__, "block_size": niqe_block, "pretrained_model_path": str(niqe)}
         return pyiqa.create_metric(name, device=device, **options)
     make = pretrained.create if METRICS[name].needs_weights else pyiqa.create_metric
-    model = make(METRICS[name].of or name, device=device, **METRICS[name].options)
-    if name == "nlpd":
-        model.net.pyramid = once_an_image(model.net.pyramid)
-    return model
+    return make(METRICS[name].of or name, device=device, **METRICS[name].options)
 
 
 @contextlib.contextmanager
@@ -176,15 +245,3 @@ def _settings_kept() -> Iterator[None]:
     finally:
         np.random.set_state(state)
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
-
-
-@contextlib.contextmanager
-def _shared_hr(name: str) -> Iterator[None]:
-    """While FSIM runs, compute the phase congruency of a repeated HR image once: it is half of FSIM's work."""
-    if name != "fsim":
-        yield
-        return
-    from pyiqa.archs import fsim_arch
-
-    with replaced(fsim_arch, "_phase_congruency", once_an_image(fsim_arch._phase_congruency)):
-        yield

@@ -1,13 +1,15 @@
 """Score the candidates of one block with one group of metrics; every raw value becomes a row.
 
 Candidates are read in chunks; each finished chunk is kept beside the output, so that a killed job goes on from there.
+A thread reads and decodes the next chunk while the metrics work on this one.
 """
 
 import argparse
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dp2osr import resume, stage, tables, versions
+from dp2osr.ahead import Ahead
 from dp2osr.config import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.metrics import METRICS
@@ -44,6 +47,15 @@ class ScoreJob(Strict):
     vqr1: Vqr1Settings | None = None
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Decoded candidates of one size: keys (group_id, rollout), images (B, 3, H, W) and the B HR images beside them."""
+
+    keys: list[tuple[str, int]]
+    images: "torch.Tensor"
+    hr: "list[torch.Tensor] | None"
+
+
 def read_candidates(path: Path) -> Iterator[Candidate]:
     """Yield group, rollout and encoded image of each candidate of a tar, in its order."""
     from dp2osr.shards import read_shard
@@ -52,97 +64,120 @@ def read_candidates(path: Path) -> Iterator[Candidate]:
         image = fields.get("png", fields.get("webp"))
         if image is None or "json" not in fields:
             raise UserError(f"candidates {path}: {key}: found fields {sorted(fields)}, wanted json and png or webp")
-        notes = json.loads(fields["json"])
-        yield notes["group_id"], notes["rollout"], image
+        try:
+            notes = json.loads(fields["json"])
+            yield str(notes["group_id"]), int(notes["rollout"]), image
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"candidates {path}: {key}.json: wanted group_id and rollout ({error!r})") from None
 
 
-def read_hr(path: Path) -> dict[str, bytes]:
-    """Return group -> encoded HR image of an LR shard."""
-    from dp2osr.shards import read_shard
+class HrImages:
+    """The HR images of an LR shard, by group; the last one stays decoded, since a group's candidates stand together."""
 
-    return {key: fields["hr.png"] for key, fields in read_shard(path) if "hr.png" in fields}
+    def __init__(self, path: Path) -> None:
+        from dp2osr.shards import read_shard
+
+        self.path = path
+        self._encoded = {key: fields["hr.png"] for key, fields in read_shard(path) if "hr.png" in fields}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def decode(self, group: str) -> "torch.Tensor":
+        """Return a group's HR image (3, H, W), the same tensor for calls in a row."""
+        if self._last is None or self._last[0] != group:
+            if group not in self._encoded:
+                raise UserError(f"scores: group {group} has candidates but no HR image in the LR shard {self.path}")
+            self._last = group, _decode(self._encoded[group], f"LR shard {self.path}: {group}.hr.png")
+        return self._last[1]
 
 
-def score_chunk(chunk: Sequence[Candidate], hr: Mapping[str, bytes], scorer: "Scorer") -> list[Row]:
-    """Score candidates; each image is decoded once for all metrics, each HR image once a run of its group.
+def _decode(data: bytes, what: str) -> "torch.Tensor":
+    from dp2osr.shards import decode_image
 
-    Returns one row of tables.SCORES a candidate and metric.
+    try:
+        return decode_image(data)
+    except Exception as error:  # of a damaged image, Pillow raises errors of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: no readable PNG or WebP image ({reason}); delete the file and run again") from None
+
+
+def decode_chunk(chunk: Sequence[Candidate], source: Path, hr: HrImages | None, *, pin: bool = False) -> list[Batch]:
+    """Decode candidates of the tar `source`, a batch for each run of one size.
+
+    pin: into memory from which CUDA copies while the host goes on.
     """
     import torch
 
-    from dp2osr.shards import decode_image
-
-    images = [decode_image(data) for _, _, data in chunk]
-    rows: list[Row] = []
+    images = [_decode(data, f"candidates {source}: group {group}, rollout {m}") for group, m, data in chunk]
+    batches = []
     for _, run in groupby(range(len(chunk)), key=lambda index: images[index].shape):
         picked = list(run)
         keys = [chunk[index][:2] for index in picked]
-        batch = torch.stack([images[index] for index in picked])
-        references = _references([group for group, _ in keys], hr, batch) if scorer.needs_hr else None
-        rows += score_rows(keys, batch, references, scorer)
-    return rows
+        stacked = torch.stack([images[index] for index in picked])
+        beside = None if hr is None else [_reference(group, hr, stacked) for group, _ in keys]
+        batches.append(Batch(keys, stacked.pin_memory() if pin else stacked, beside))
+    return batches
 
 
-def score_rows(
-    keys: Sequence[tuple[str, int]], images: "torch.Tensor", hr: "torch.Tensor | None", scorer: "Scorer"
-) -> list[Row]:
-    """Score images (B, 3, H, W) against hr of the same shape; keys are their groups and rollouts."""
-    from dp2osr.iqa.metric import statuses
+def _reference(group: str, hr: HrImages, images: "torch.Tensor") -> "torch.Tensor":
+    image = hr.decode(group)
+    if image.shape != images.shape[1:]:
+        raise UserError(f"scores: group {group}: HR is {tuple(image.shape[1:])}, candidates {tuple(images.shape[2:])}")
+    return image
 
-    height, width = images.shape[-2:]
+
+def score_batch(batch: Batch, scorer: "Scorer") -> list[Row]:
+    """Return one row of tables.SCORES a candidate and metric."""
+    from dp2osr.iqa.metric import ScoringError, statuses
+
+    try:
+        scores = scorer.score(batch.images, batch.hr)
+    except ScoringError as error:
+        group, rollout = batch.keys[error.index]
+        raise UserError(f"metric '{error.metric}': group {group}, rollout {rollout}: {error.reason}") from error
+    height, width = batch.images.shape[-2:]
     rows: list[Row] = []
-    for name, values in scorer.score(images, hr).items():
+    for name, values in scores.items():
         found = statuses(values, too_small=scorer.too_small(name, height, width))
         status = [METRICS[name].named(each, height, width) for each in found]
-        rows += [(*key, name, float(value), state) for key, value, state in zip(keys, values, status, strict=True)]
+        rows += [
+            (*key, name, float(value), state) for key, value, state in zip(batch.keys, values, status, strict=True)
+        ]
     return rows
 
 
-def _references(groups: Sequence[str], hr: Mapping[str, bytes], images: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    from dp2osr.shards import decode_image
-
-    found: list[torch.Tensor] = []
-    for group, run in groupby(groups):
-        if group not in hr:
-            raise UserError(f"scores: group {group} has candidates but no HR image in the LR shard")
-        image = decode_image(hr[group])
-        if image.shape != images.shape[1:]:
-            raise UserError(
-                f"scores: group {group}: HR is {tuple(image.shape[1:])}, candidates {tuple(images.shape[2:])}"
-            )
-        found += [image] * len(list(run))
-    return torch.stack(found)
+def prepare(
+    candidates: Iterable[Candidate], source: Path, hr: HrImages | None, parts: resume.Parts, *, pin: bool = False
+) -> Iterator[tuple[str, "bytes | list[Batch]"]]:
+    """Yield each chunk's name in `parts`, and its rows where they are finished, else its images."""
+    rest = iter(candidates)
+    for number, chunk in enumerate(iter(lambda: list(islice(rest, CHUNK)), [])):
+        name = f"{number:06d}.json"
+        data = parts.get(name)
+        yield name, decode_chunk(chunk, source, hr, pin=pin) if data is None else data
 
 
 def score_all(
-    candidates: Iterable[Candidate],
-    hr: Mapping[str, bytes],
-    scorer: "Scorer",
-    parts: resume.Parts,
-    *,
-    num_candidates: int,
+    chunks: Iterable[tuple[str, "bytes | list[Batch]"]], scorer: "Scorer", parts: resume.Parts, *, num_candidates: int
 ) -> pd.DataFrame:
-    """Score chunk by chunk, taking finished chunks from `parts`. Returns rows of tables.SCORES."""
+    """Score the chunks of `prepare`, keeping each in `parts`. Returns rows of tables.SCORES."""
     rows: list[list[Any]] = []
-    source, total = iter(candidates), -(-num_candidates // CHUNK)
-    chunks = iter(lambda: list(islice(source, CHUNK)), [])
-    named = stage.progress(chunks, total, f"chunks of {CHUNK} candidates", LOG, kept=len(parts.names()))
-    for number, chunk in enumerate(named):
-        name = f"{number:06d}.json"
-        if (data := parts.get(name)) is None:
-            data = json.dumps(score_chunk(chunk, hr, scorer)).encode()
+    total = -(-num_candidates // CHUNK)
+    for name, chunk in stage.progress(chunks, total, f"chunks of {CHUNK} candidates", LOG, kept=len(parts.names())):
+        data = chunk
+        if isinstance(data, list):
+            data = json.dumps([row for batch in data for row in score_batch(batch, scorer)]).encode()
             parts.put(name, data)
         rows += json.loads(data)
     return pd.DataFrame(rows, columns=tables.SCORES.names)
 
 
-def log_summary(frame: pd.DataFrame, scorer: "Scorer") -> None:
-    """Log images per second of each metric, and how many scores are no number."""
+def log_summary(frame: pd.DataFrame, scorer: "Scorer", *, waited_s: float) -> None:
+    """Log images per second of each metric, how long it waited for images, and how many scores are no number."""
     for name, seconds in scorer.seconds.items():
-        if scorer.num_scored and seconds:
-            LOG.info("%s: %.1f images/s (%s)", name, scorer.num_scored / seconds, scorer.device)
+        if count := scorer.counts[name]:
+            rate = count / max(seconds, 1e-9)
+            LOG.info("%s: %.1f images/s (%s), %d images in %.1f s", name, rate, scorer.device, count, seconds)
+    LOG.info("reading and decoding: the metrics waited %.1f s", waited_s)
     bad = frame[frame["status"] != "ok"]
     for (metric, status), count in sorted(Counter(zip(bad["metric"], bad["status"], strict=True)).items()):
         LOG.warning("%s: %d of %d scores are %s", metric, count, (frame["metric"] == metric).sum(), status)
@@ -176,11 +211,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {"niqe": args.niqe, "niqe_block": job.niqe_block, "vqr1": job.vqr1}
     scorer = Scorer(job.metrics, device=device, batch_size=args.batch_size, **how)
     count = shards.count_samples(args.candidates)
-    frame = score_all(read_candidates(args.candidates), read_hr(args.lr), scorer, parts, num_candidates=count)
+    hr = HrImages(args.lr) if scorer.needs_hr else None
+    chunks = prepare(read_candidates(args.candidates), args.candidates, hr, parts, pin=device.type == "cuda")
+    with Ahead(chunks) as ahead:
+        frame = score_all(ahead, scorer, parts, num_candidates=count)
     made_by = origins(job.metrics, niqe=args.niqe, vqr1=job.vqr1)
     tables.write(frame, args.scores, tables.SCORES, origins=made_by)
     parts.clear()
-    log_summary(frame, scorer)
+    log_summary(frame, scorer, waited_s=ahead.waited_s)
 
 
 if __name__ == "__main__":

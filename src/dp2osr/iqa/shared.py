@@ -1,0 +1,181 @@
+"""What a full-reference metric computes of the HR image alone, computed once for all candidates of its group.
+
+pyiqa's metrics call functions of one image for the candidates and for the HR image, in an order that repeats. FEATURES
+names those functions and the order. While a metric runs, each is replaced by itself with a memory: the HR image's
+result is kept from batch to batch, and is used again only where every argument is equal to the kept call's. So another
+HR image, another size or another order of calls in a later pyiqa costs time, never a wrong score.
+
+The memory holds one HR image a function and call. An HR image is always computed alone, in a batch of one, so that no
+score depends on where a job began or went on.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dp2osr.iqa.pretrained import replaced
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A function of one image: `module.function` of pyiqa.archs, or `net.…` of the metric.
+
+    calls: whose image its calls in one run of the metric are for, again and again: c the candidates', h the HR image's;
+    r: nobody's, for the metric does not use what it computes of it, so the result of the call before is repeated.
+    """
+
+    place: str
+    calls: str = "ch"
+
+
+SSIM = (Feature("ssim_arch.filter2", "chchc"),)  # of X, Y, X², Y² and XY, at each scale
+FEATURES: dict[str, tuple[Feature, ...]] = {
+    "ssim": SSIM,
+    "ssim_y": SSIM,
+    "ms_ssim": SSIM,
+    "fsim": (Feature("fsim_arch._phase_congruency"),),
+    "vif": (
+        Feature("vif_arch.SteerablePyramidSpace"),
+        Feature("net.corrDn_win", "hcchc"),
+        Feature("net.refparams_vecgsm", "h"),
+    ),
+    "vsi": (Feature("vsi_arch.sdsp"),),
+    "gmsd": (Feature("gmsd_arch.to_y_channel"),),
+    "nlpd": (Feature("net.pyramid"),),
+    "mad": (Feature("mad_arch.gaborconvolve", "hc"), Feature("mad_arch.ical_stat", "hc")),
+    "lpips": (Feature("net.net.forward", "hc"),),
+    "topiq_fr": (Feature("net.semantic_model.forward"),),
+    "afine_fr": (Feature("net.clip_model.encode_image"), Feature("net.net_qhead.forward")),
+    # pyiqa compares the image with itself, and then returns what it has computed of the image alone
+    "afine_nr": (Feature("net.clip_model.encode_image", "cr"), Feature("net.net_qhead.forward", "cr")),
+}
+# Functions of the image's size alone, which pyiqa computes anew for each batch.
+CONSTANTS: dict[str, tuple[str, ...]] = {
+    "fsim": ("fsim_arch._construct_filters",),
+    "vif": ("vif_arch.sp5_filters",),
+    "vsi": ("vsi_arch._log_gabor",),
+    "mad": ("mad_arch.make_csf",),
+}
+SIZES = 4  # image sizes whose constants are kept
+
+
+class SharedHr:
+    """The functions of one metric, with a memory; without effect for a metric that is not in the tables above."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        features, constants = FEATURES.get(name, ()), CONSTANTS.get(name, ())
+        self._features = [(*_find(feature.place, model), feature.calls) for feature in features]
+        self._kept = [Kept(getattr(owner, key), calls) for owner, key, calls in self._features]
+        self._constants = [_find(place, model) for place in constants]
+        self._once = [once_a_size(getattr(owner, key)) for owner, key in self._constants]
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Replace the functions while the metric scores one batch beside one HR image."""
+        with contextlib.ExitStack() as stack:
+            for (owner, key, _), kept in zip(self._features, self._kept, strict=True):
+                kept.begin()
+                stack.enter_context(replaced(owner, key, kept))
+            for (owner, key), once in zip(self._constants, self._once, strict=True):
+                stack.enter_context(replaced(owner, key, once))
+            yield
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        for kept in self._kept:
+            kept.forget()
+
+
+class Kept:
+    """A function of one image that keeps its results for the HR image.
+
+    Tensors have the batch as first dimension; one of another length is the same for all images.
+    """
+
+    def __init__(self, function: Callable[..., Any], calls: str) -> None:
+        self._function = function
+        self._calls = calls
+        self._count = 0
+        self._last: Any = None
+        self._memory: dict[int, tuple[Any, Any]] = {}
+
+    def begin(self) -> None:
+        """Say that the metric begins to score a batch."""
+        self._count, self._last = 0, None
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._memory.clear()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Return what the function returns for these images."""
+        call, self._count = self._count, self._count + 1
+        whose = self._calls[call % len(self._calls)]
+        if whose != "h":
+            self._last = self._last if whose == "r" else self._function(*args, **options)
+            return self._last
+        given, batch = (args, options), len(args[0][0] if isinstance(args[0], list) else args[0])
+        known, result = self._memory.get(call, (None, None))
+        if not _same(given, known):
+            one = _map(lambda part: part[:1] if part.ndim and len(part) == batch else part, given)
+            if not _same(given, one):
+                return self._function(*args, **options)
+            known = _map(torch.clone, one)
+            result = self._function(*one[0], **one[1])
+            self._memory[call] = (known, result)
+        return result if batch == 1 else _map(lambda part: part.expand(batch, *part.shape[1:]), result)
+
+
+def once_a_size(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that looks at no image, only at its size, kind and device; the last few sizes are kept."""
+    kept: dict[Any, Any] = {}
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        parts = (*args, *sorted(options.items()))
+        key = tuple((part.shape[-2:], part.dtype, part.device) if torch.is_tensor(part) else part for part in parts)
+        if key not in kept:
+            if len(kept) == SIZES:
+                del kept[next(iter(kept))]
+            kept[key] = function(*args, **options)
+        return kept[key]
+
+    return wrapped
+
+
+def _find(place: str, model: Any) -> tuple[Any, str]:
+    """Return the owner of a function and its name there."""
+    root, *path, name = place.split(".")
+    owner = getattr(model, root) if root == "net" else importlib.import_module(f"pyiqa.archs.{root}")
+    return functools.reduce(getattr, path, owner), name
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """Apply a function to the tensors in lists, tuples and dicts."""
+    if torch.is_tensor(tree):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        parts = [_map(function, part) for part in tree]
+        return parts if isinstance(tree, list) else tuple(parts)
+    if isinstance(tree, dict):
+        return {key: _map(function, part) for key, part in tree.items()}
+    return tree
+
+
+def _same(found: Any, one: Any) -> bool:
+    """Whether all arguments are those of `one`, in which a batch of images is a batch of one."""
+    if torch.is_tensor(found) and torch.is_tensor(one):
+        alike = (found.shape[1:], found.dtype, found.device) == (one.shape[1:], one.dtype, one.device)
+        return alike and len(one) in (1, len(found)) and torch.equal(found, one.expand_as(found))
+    if isinstance(found, list | tuple) and isinstance(one, list | tuple):
+        return len(found) == len(one) and all(map(_same, found, one))
+    if isinstance(found, dict) and isinstance(one, dict):
+        return found.keys() == one.keys() and all(_same(part, one[key]) for key, part in found.items())
+    if isinstance(found, np.ndarray):
+        return np.array_equal(found, one)
+    return bool(type(found) is type(one) and found == one)
