@@ -1,11 +1,22 @@
+def ingest_job(wildcards):
+    """The keys that decide a data set's images; those of its LR files where they are given."""
+    dataset = cfg.datasets[wildcards.dataset]
+    found = dataset.model_dump(exclude={"degradation", "prompt", "lr"})
+    if dataset.lr.source != "degraded":
+        found |= {"lr": dataset.lr.model_dump(), "scale": dataset.degradation.scale}
+    return params_json(found | {"seed": cfg.seed})
+
+
+def ingest_files(wildcards):
+    """The folders and shards that exist; the stage itself names an entry that does not."""
+    dataset = cfg.datasets[wildcards.dataset]
+    entries = [*dataset.images, *dataset.lr.images]
+    return [entry for entry in entries if Path(entry).exists()]
+
+
 rule ingest:
     input:
-        # The folders and shards that exist; the stage itself names an entry that does not.
-        lambda wildcards: [
-            entry
-            for entry in cfg.datasets[wildcards.dataset].images
-            if Path(entry).exists()
-        ],
+        ingest_files,
     output:
         images=f"{R}/{{dataset}}/images.parquet",
     log:
@@ -17,12 +28,7 @@ rule ingest:
         mem_mb=growing(4000),
         runtime=growing(120),  # minutes
     params:
-        config=lambda wildcards: params_json(
-            cfg.datasets[wildcards.dataset].model_dump(
-                exclude={"degradation", "prompt"}
-            )
-            | {"seed": cfg.seed}
-        ),
+        config=ingest_job,
         version=versions.INGEST,
     shell:
         "python -m dp2osr.stages.ingest --config {params.config:q} --images {output.images} 2> {log}"

@@ -8,7 +8,7 @@ def score_niqe(wildcards):
 
 def score_job(wildcards):
     """What determines the scores; without niqe, its block size does not."""
-    names = cfg.iqa.groups[wildcards.metrics]
+    names = config_datasets.metric_groups(cfg, wildcards.dataset)[wildcards.metrics]
     block = cfg.iqa.niqe.block_size if "niqe" in names else 96
     return params_json({"metrics": names, "niqe_block": block})
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dp2osr import config_checks
+from dp2osr.config_datasets import LrSettings, PublishedSettings, check_dataset
 from dp2osr.config_degradation import DegradationSettings
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Name, Probability, Strict, parse
@@ -49,12 +50,13 @@ class PromptSettings(Strict):
 
 
 class DatasetSettings(Strict):
-    """A set of images: where HR comes from, how it is cropped, split into shards and degraded."""
+    """A set of images: where HR and LR come from, how they are cropped, split into shards and degraded."""
 
     images: list[str]
+    lr: LrSettings
     split: str
     hr_size: Annotated[int, Field(ge=16)]
-    crop: Literal["random", "grid", "center"]
+    crop: Literal["random", "grid", "center", "full"]
     crops_per_image: Count
     downscale: Count
     min_std: Annotated[float, Field(ge=0)]
@@ -66,8 +68,7 @@ class DatasetSettings(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hr_size % self.degradation.scale:
-            raise ValueError(f"hr_size={self.hr_size} is no multiple of degradation.scale={self.degradation.scale}")
+        check_dataset(self)
         return self
 
 
@@ -212,11 +213,12 @@ class EvaluateSettings(Strict):
 
 
 class ReportSettings(Strict):
-    """Contact sheets: groups shown, and the enlargement of small images."""
+    """Contact sheets: groups shown, and the enlargement of small images. Runs compared, figures set beside ours."""
 
     num_groups: Count
     zoom: Count
     compare: list[str]
+    published: PublishedSettings
 
 
 class TransformerSettings(Strict):

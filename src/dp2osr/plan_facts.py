@@ -39,7 +39,7 @@ def _count(settings: DatasetSettings, shards: Mapping[str, int]) -> Amount | Non
     known = [count for count in files if count is not None]
     if not files or len(known) < len(files):
         return None
-    crops = 1 if settings.crop == "center" else settings.crops_per_image
+    crops = 1 if settings.crop in ("center", "full") else settings.crops_per_image
     return Amount(sum(known) * crops, f"files x {crops} crops", True)
 
 

@@ -135,6 +135,7 @@ def _test_section(test: TestSet, material: Material) -> tuple[dict[str, Any], Fi
         "metrics": metrics,
         "policies": policy_table(test.evaluation, _order(test.evaluation, job.name, job.run.reference)),
         "blocks": test.blocks,
+        "without_hr": test.name in job.without_hr,
         "no_reward": int(np.isnan(test.policy["reward"]).sum() + np.isnan(test.reference["reward"]).sum()),
         "candidates": len(test.policy) + len(test.reference),
     }
@@ -145,7 +146,7 @@ def _image_rows(images: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     rows = []
     for name, frame in images.items():
         ok = frame["status"] == "ok"
-        reasons = frame.loc[~ok, "reason"].value_counts()
+        reasons = frame.loc[~frame["status"].isin(["ok", "partner"]), "reason"].value_counts()
         rows.append(
             {
                 "dataset": name,

@@ -1,13 +1,14 @@
 """Crop the HR images of one shard, degrade them to LR, and store both with all drawn parameters.
 
 A sample's pixels follow from the file, its crop and its seed alone: the number of shards and the batch do not matter.
+LR images that are given are cropped where their HR images are, and stored as they are; without HR images, alone.
 """
 
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,9 @@ BATCH_SIZE = 16  # images degraded at once; any value gives the same pixels
 
 
 class DegradeJob(Strict):
-    """The keys of a dataset that decide its pixels, and the base seed."""
+    """The keys of a dataset that decide its pixels, and the base seed; of given LR images, the scale alone is read."""
 
+    source: Literal["degraded", "given", "alone"] = "degraded"
     downscale: Count
     max_pixels: Count
     degradation: DegradationSettings
@@ -36,6 +38,7 @@ class DegradeJob(Strict):
 def read_crops(rows: pd.DataFrame, *, downscale: int, max_pixels: int) -> Iterator[np.ndarray]:
     """Yield the crop of each row of tables.IMAGES, (crop_size, crop_size, 3) uint8; one photograph is kept decoded.
 
+    A crop_size of 0 is the whole image, (H, W, 3).
     Raises UserError when a file is gone or is not the one that was ingested.
     """
     decoded, photo = "", np.empty((0, 0, 3), dtype=np.uint8)
@@ -47,7 +50,9 @@ def read_crops(rows: pd.DataFrame, *, downscale: int, max_pixels: int) -> Iterat
                 decoded = row["sha256"]
             x, y, size = row["crop_x"], row["crop_y"], row["crop_size"]
             crop = photo[y : y + size, x : x + size]
-            if crop.shape != (size, size, 3):
+            if not size:
+                crop = photo
+            elif crop.shape != (size, size, 3):
                 raise UserError(f"images: {row['source']}: crop {row['image_id']} does not fit; run ingest again")
             yield crop
 
@@ -83,6 +88,52 @@ def _degrade_batch(
         yield row["image_id"], {"hr.png": encode_image(hr[index]), "lr.png": encode_image(lr[index]), "json": text}
 
 
+def given_rows(rows: pd.DataFrame, partners: pd.DataFrame, job: DegradeJob) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield a sample (key, fields hr.png, lr.png, json) for each row, its LR crop from the photograph's given LR file.
+
+    rows, partners: of tables.IMAGES, with status ok and partner.
+    """
+    scale = job.degradation.scale
+    known = partners.set_index("photo_id")[["source", "sha256"]]
+    if lacking := [photo for photo in rows["photo_id"] if photo not in known.index]:
+        raise UserError(f"images: photograph {lacking[0]} has no row of its LR file; run ingest again")
+    files = {name: known.loc[rows["photo_id"], name].to_numpy() for name in known}
+    places = {name: rows[name].to_numpy() // scale for name in ("crop_x", "crop_y", "crop_size")}
+    lr_rows = rows.assign(**files, **places)
+    hr_crops, lr_crops = (read_crops(each, downscale=1, max_pixels=job.max_pixels) for each in (rows, lr_rows))
+    for row, lr_source, hr, lr in zip(rows.to_dict("records"), files["source"], hr_crops, lr_crops, strict=True):
+        height, width = (side * scale for side in lr.shape[:2])
+        yield _given(row, {"hr.png": hr[:height, :width], "lr.png": lr}, {"lr_source": lr_source})
+
+
+def lone_rows(rows: pd.DataFrame, job: DegradeJob) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield a sample (key, fields lr.png, json) for each row of tables.IMAGES, whose file is LR."""
+    for row, lr in zip(rows.to_dict("records"), read_crops(rows, downscale=1, max_pixels=job.max_pixels), strict=True):
+        yield _given(row, {"lr.png": lr}, {})
+
+
+def make_samples(
+    rows: pd.DataFrame, partners: pd.DataFrame, job: DegradeJob, device: "torch.device"
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the samples of rows of tables.IMAGES as the job says where their LR images come from."""
+    if job.source == "given":
+        return given_rows(rows, partners, job)
+    return lone_rows(rows, job) if job.source == "alone" else degrade_rows(rows, job, device)
+
+
+def _given(row: dict, crops: dict[str, np.ndarray], more: dict[str, str]) -> tuple[str, dict[str, bytes]]:
+    """Return the sample of (H, W, 3) uint8 crops by field."""
+    import torch
+
+    from dp2osr.shards import encode_image
+
+    crop = [row["crop_x"], row["crop_y"], row["crop_size"]]
+    notes = {"photo_id": row["photo_id"], "source": row["source"], "crop": crop, **more}
+    text = json.dumps(notes, sort_keys=True, ensure_ascii=False).encode()
+    found = {name: torch.from_numpy(array.copy()).permute(2, 0, 1).div(255) for name, array in crops.items()}
+    return row["image_id"], {name: encode_image(image) for name, image in found.items()} | {"json": text}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: images.parquet and a shard number in, the shard's tar out."""
     parser = stage.parser(__doc__)
@@ -96,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     table = tables.read(args.images, tables.IMAGES)
     rows = table[(table["status"] == "ok") & (table["shard"] == args.shard)]
-    samples = degrade_rows(rows, args.config, stage.device(args.device))
+    samples = make_samples(rows, table[table["status"] == "partner"], args.config, stage.device(args.device))
     write_shard(args.lr, stage.progress(samples, len(rows), "degraded", LOG))
 
 
