@@ -375,8 +375,8 @@ def load(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def read(*paths: Path | str) -> Config:
-    """Load and merge YAML files, the later over the earlier, as Snakemake does with --configfile."""
+def read(*paths: Path | str, changes: Mapping[str, Any] | None = None) -> Config:
+    """Load and merge YAML files, the later over the earlier, as Snakemake does with --configfile; then `changes`."""
     import yaml
 
     raw: dict[str, Any] = {}
@@ -384,4 +384,4 @@ def read(*paths: Path | str) -> Config:
         if not Path(path).is_file():
             raise UserError(f"config file {path}: not found")
         raw = _merge(raw, yaml.safe_load(Path(path).read_text()) or {})
-    return load(raw)
+    return load(_merge(raw, changes or {}))

@@ -1,6 +1,6 @@
 """Where a data set's LR images come from, and what follows from it for metrics, rewards and runs."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dp2osr.errors import UserError
 from dp2osr.metrics import METRICS
@@ -66,6 +66,14 @@ def _wants_hr(config: "Config", key: str, name: str) -> None:
 def _wants_crops(config: "Config", key: str, name: str) -> None:
     if config.datasets[name].crop == "full":
         raise UserError(f"config: {key}: '{name}' has images of any size (crop full), wanted crops of one size")
+
+
+def ingest_keys(dataset: "DatasetSettings") -> dict[str, Any]:
+    """Return the keys that decide a data set's images; those of its LR files where it has some."""
+    found = dataset.model_dump(exclude={"degradation", "prompt", "lr"})
+    if dataset.lr.source == "degraded":
+        return found
+    return found | {"lr": dataset.lr.model_dump(), "scale": dataset.degradation.scale}
 
 
 def without_hr(config: "Config", dataset: str) -> bool:

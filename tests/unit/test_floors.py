@@ -24,6 +24,7 @@ LIGHT = (
     "versions",
     "errors",
     "metrics",
+    "published",
     "resume",
     "stage",
     "weights",
