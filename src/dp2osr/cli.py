@@ -259,9 +259,10 @@ def run_datasets(args: argparse.Namespace) -> None:
         sys.stdout.write(told + "\n")
         return
     lines, overlay = check_testset(args.name, args.path, config_path=args.config)
-    sys.stdout.write("".join(f"# {line}\n" for line in lines) + overlay)
+    comments = ["# " + " ".join(line.splitlines()) for line in lines]
+    sys.stdout.write("\n".join([*comments, overlay]))
     if lines:
-        raise UserError(f"{args.path}: differs from {args.name} of the catalogue in {len(lines)} points, listed above")
+        raise UserError(f"{args.path}: differs from {args.name} of the catalogue in {len(lines)} points (listed)")
 
 
 def check_testset(name: str, folder: Path, *, config_path: Path) -> tuple[list[str], str]:

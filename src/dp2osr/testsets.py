@@ -31,7 +31,8 @@ class TestSet:
     """A test set. source: where LR images come from (config: lr.source). num_images: None where it is not known.
 
     layouts: tried in this order; the last is the plainest, which config/testsets.yaml has. size: (width, height) of an
-    HR file, or of an LR file where there is no HR; None where sizes vary. published: its name among the paper's tables.
+    HR file, or of an LR file where there is no HR; None where sizes vary. published: its name among the published
+    figures, empty where it is not sure that these are of the same images.
     """
 
     __test__ = False  # no test case, whatever pytest makes of the name
@@ -145,7 +146,6 @@ TESTSETS = {
             evaluated="×4, HR 512 px, the three FR and six NR metrics of the reward and five others",
             unsure="whether it was published, and its images, number and random degradations: figures of other crops "
             "or draws are comparable in kind only",
-            published="Syn-Test",
         ),
         TestSet(
             name="RealLQ250",

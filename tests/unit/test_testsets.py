@@ -81,7 +81,7 @@ def test_every_fault_is_a_line_and_an_error(realsr: Path, check: Callable[..., t
     told, error = check("RealSR", realsr)
     lines = [line.removeprefix("# ").replace(f"{realsr}/RealSRVal_crop128/", "") for line in told.splitlines()]
     lines = lines[: lines.index("datasets:")]
-    assert error.endswith("differs from RealSR of the catalogue in 8 points, listed above")
+    assert error.endswith("differs from RealSR of the catalogue in 8 points (listed)")
     assert sorted(lines)[0] == "2 images can be used, wanted 3"
     assert lines[-1] == "test_HR/big_HR.png: HR is 1024x512, wanted 512x512"
     assert sum(line.startswith("test_HR/Nikon_000_HR.png: unreadable") for line in lines) == 1
