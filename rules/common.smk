@@ -3,7 +3,7 @@ import math
 import shlex
 import sys
 
-from dp2osr import stopping, weights
+from dp2osr import config_datasets, stopping, weights
 from dp2osr.plan import images_a_step
 
 

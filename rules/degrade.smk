@@ -1,3 +1,13 @@
+def degrade_job(wildcards):
+    """The keys that decide a data set's pixels."""
+    dataset = cfg.datasets[wildcards.dataset]
+    found = dataset.model_dump(include={"downscale", "max_pixels", "degradation"})
+    given = dataset.lr.source != "degraded"
+    return params_json(
+        found | {"seed": cfg.seed} | ({"source": dataset.lr.source} if given else {})
+    )
+
+
 rule degrade:
     input:
         images=f"{R}/{{dataset}}/images.parquet",
@@ -14,12 +24,7 @@ rule degrade:
         gpu=num_gpus,
         device=cfg.device,
     params:
-        config=lambda wildcards: params_json(
-            cfg.datasets[wildcards.dataset].model_dump(
-                include={"downscale", "max_pixels", "degradation"}
-            )
-            | {"seed": cfg.seed}
-        ),
+        config=degrade_job,
         version=versions.DEGRADE,
         shard=own_shard,
     shell:

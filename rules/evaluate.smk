@@ -15,9 +15,10 @@ def reference_scales(wildcards):
 
 def evaluate_job(wildcards):
     run = cfg.runs[wildcards.run]
+    reward = config_datasets.reward_on(cfg, cfg.judge(wildcards.run), wildcards.dataset)
     return params_json(
         {
-            "reward": cfg.rewards[cfg.judge(wildcards.run)].model_dump(),
+            "reward": reward.model_dump(),
             "evaluate": cfg.evaluate.model_dump(),
             "seed": cfg.seed,
             "reference": run.reference,

@@ -12,7 +12,7 @@ except UserError as error:
 fetched = {
     f"{R}/{name}/{remote.FOLDER}/{remote.copy_name(address)}": address
     for name, dataset in cfg.datasets.items()
-    for address in remote.addresses(dataset.images)
+    for address in remote.addresses([*dataset.images, *dataset.lr.images])
 }
 
 
@@ -52,9 +52,10 @@ rule fetch_images:
         "cp {input:q} {output.file:q}.part 2> {log:q} && mv {output.file:q}.part {output.file:q}"
 
 
-def ingest_images(wildcards):
+def ingest_files(wildcards):
     """The folders and shards that exist; the stage itself names an entry that does not."""
-    entries = cfg.datasets[wildcards.dataset].images
+    dataset = cfg.datasets[wildcards.dataset]
+    entries = [*dataset.images, *dataset.lr.images]
     given = [entry for entry in entries if Path(entry).exists()]
     if caching:
         given += [found for entry in entries for found in glob(entry, recursive=True)]
@@ -71,7 +72,7 @@ def ingest_images(wildcards):
 
 rule ingest:
     input:
-        ingest_images,
+        ingest_files,
     output:
         images=f"{R}/{{dataset}}/images.parquet",
     log:
@@ -84,9 +85,7 @@ rule ingest:
         runtime=growing(120),  # minutes
     params:
         config=lambda wildcards: params_json(
-            cfg.datasets[wildcards.dataset].model_dump(
-                exclude={"degradation", "prompt"}
-            )
+            config_datasets.ingest_keys(cfg.datasets[wildcards.dataset])
             | {"seed": cfg.seed}
         ),
         version=versions.INGEST,

@@ -102,6 +102,11 @@ rule report:
                 "reward": cfg.rewards[cfg.judge(wildcards.run)].model_dump(),
                 "evaluate": cfg.evaluate.model_dump(),
                 "report": cfg.report.model_dump(),
+                "without_hr": [
+                    name
+                    for name in cfg.runs[wildcards.run].tests
+                    if config_datasets.without_hr(cfg, name)
+                ],
             }
         ),
         version=versions.REPORT,

@@ -9,10 +9,11 @@ def num_candidates(wildcards):
 def reward_job(wildcards):
     """The definition, and the names of the score tables: the data set's metric groups and shards, M's blocks."""
     used = -(-num_candidates(wildcards) // cfg.rollout.rollouts_per_block)
+    reward = config_datasets.reward_on(cfg, wildcards.reward, wildcards.dataset)
     return {
-        "reward": cfg.rewards[wildcards.reward].model_dump(),
+        "reward": reward.model_dump(),
         "num_candidates": num_candidates(wildcards),
-        "groups": cfg.metric_groups(wildcards.dataset),
+        "groups": list(config_datasets.metric_groups(cfg, wildcards.dataset)),
         "shards": shards(wildcards.dataset),
         "blocks": blocks(wildcards.dataset)[:used],
     }

@@ -1,6 +1,8 @@
 def rollout_job(wildcards):
     """What determines the candidates of a block: no key of how jobs are cut into batches is among it."""
     first = int(wildcards.block) * cfg.rollout.rollouts_per_block
+    dataset = cfg.datasets[wildcards.dataset]
+    whole = {"whole": True} if dataset.crop == "full" else {}
     return params_json(
         {
             "policy": cfg.policy(wildcards.policy).model_dump(),
@@ -10,9 +12,10 @@ def rollout_job(wildcards):
                 cfg.rollout.rollouts_per_block,
                 cfg.num_rollouts(wildcards.dataset) - first,
             ),
-            "scale": cfg.datasets[wildcards.dataset].degradation.scale,
+            "scale": dataset.degradation.scale,
             "image_format": cfg.rollout.image_format,
         }
+        | whole
     )
 
 

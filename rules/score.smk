@@ -8,7 +8,7 @@ def score_niqe(wildcards):
 
 def score_job(wildcards):
     """What determines the scores; without niqe, its block size does not, nor do vqr1's settings without vqr1."""
-    names = cfg.iqa.groups[wildcards.metrics]
+    names = config_datasets.metric_groups(cfg, wildcards.dataset)[wildcards.metrics]
     block = cfg.iqa.niqe.block_size if "niqe" in names else 96
     vqr1 = {"vqr1": cfg.iqa.vqr1.model_dump()} if "vqr1" in names else {}
     return params_json({"metrics": names, "niqe_block": block} | vqr1)

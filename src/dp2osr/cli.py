@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dp2osr import config, stage
 from dp2osr.errors import UserError
+from dp2osr.strict import parse
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +31,9 @@ def dispatch(argv: Sequence[str] | None) -> None:
     add_fetch(commands.add_parser("fetch-weights", help="bring or check everything that a config needs from a hub"))
     add_plan(commands.add_parser("plan", help="jobs, hours, disk and GPU memory of a config, before anything runs"))
     add_status(commands.add_parser("status", help="how far a run is, from its results folder, while it runs or after"))
+    add_datasets(
+        commands.add_parser("datasets", help="the field's test sets: what they are, and whether a folder is one")
+    )
     args = stage.parse_args(parser, argv)
     args.run(args)
 
@@ -232,6 +236,46 @@ def status_plan(args: argparse.Namespace) -> tuple[Path, config.Config | None]:
     results = args.results or Path(settings.results)
     fits = args.configfile or results.resolve() == Path(settings.results).resolve()
     return results, settings if fits else None
+
+
+def add_datasets(parser: argparse.ArgumentParser) -> None:
+    """Declare `dp2osr datasets`."""
+    parser.add_argument("name", nargs="?", default="", help="a test set of the catalogue; without it all are listed")
+    parser.add_argument(
+        "--path", type=Path, metavar="FOLDER", help="check a folder, and print the config that names it"
+    )
+    parser.add_argument("--config", type=Path, default=Path("config/config.yaml"), help="where all settings stand")
+    parser.set_defaults(run=run_datasets)
+
+
+def run_datasets(args: argparse.Namespace) -> None:
+    """List the catalogue, tell of one entry, or check a folder; an error where the folder differs from its entry."""
+    from dp2osr import testsets
+
+    if args.path and not args.name:
+        raise UserError("datasets --path: wanted the name of a test set before it")
+    if not args.path:
+        told = testsets.details(testsets.find(args.name)) if args.name else testsets.listing()
+        sys.stdout.write(told + "\n")
+        return
+    lines, overlay = check_testset(args.name, args.path, config_path=args.config)
+    comments = ["# " + " ".join(line.splitlines()) for line in lines]
+    sys.stdout.write("\n".join([*comments, overlay]))
+    if lines:
+        raise UserError(f"{args.path}: differs from {args.name} of the catalogue in {len(lines)} points (listed)")
+
+
+def check_testset(name: str, folder: Path, *, config_path: Path) -> tuple[list[str], str]:
+    """Ingest a folder as the workflow would. Returns what differs from the catalogue, and the overlay that names it."""
+    from dp2osr import config_datasets, testsets
+    from dp2osr.stages import ingest
+
+    entry = testsets.find(name)
+    overlay = testsets.overlay({name: (folder, testsets.find_layout(entry, folder))}, tests=(name,))
+    keys = config_datasets.ingest_keys(config.read(config_path, changes=overlay).datasets[name])
+    lenient = {"max_rejected_share": 1.0, "num_shards": 1, "seed": 0}  # so that all faults are found at once
+    table = ingest.ingest(parse(ingest.IngestJob, keys | lenient))
+    return list(testsets.differences(entry, table)), testsets.as_yaml(overlay)
 
 
 if __name__ == "__main__":

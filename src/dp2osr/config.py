@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dp2osr import config_checks
+from dp2osr.config_datasets import LrSettings, PublishedSettings, check_dataset
 from dp2osr.config_degradation import DegradationSettings
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Name, Probability, Strict, parse
@@ -49,12 +50,13 @@ class PromptSettings(Strict):
 
 
 class DatasetSettings(Strict):
-    """A set of images: where HR comes from, how it is cropped, split into shards and degraded."""
+    """A set of images: where HR and LR come from, how they are cropped, split into shards and degraded."""
 
     images: list[str]
+    lr: LrSettings
     split: str
     hr_size: Annotated[int, Field(ge=16)]
-    crop: Literal["random", "grid", "center"]
+    crop: Literal["random", "grid", "center", "full"]
     crops_per_image: Count
     downscale: Count
     min_std: Annotated[float, Field(ge=0)]
@@ -66,8 +68,7 @@ class DatasetSettings(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hr_size % self.degradation.scale:
-            raise ValueError(f"hr_size={self.hr_size} is no multiple of degradation.scale={self.degradation.scale}")
+        check_dataset(self)
         return self
 
 
@@ -223,11 +224,12 @@ class EvaluateSettings(Strict):
 
 
 class ReportSettings(Strict):
-    """Contact sheets: groups shown, and the enlargement of small images."""
+    """Contact sheets: groups shown, and the enlargement of small images. Runs compared, figures set beside ours."""
 
     num_groups: Count
     zoom: Count
     compare: list[str]
+    published: PublishedSettings
 
 
 class TransformerSettings(Strict):
@@ -337,11 +339,6 @@ class Config(Strict):
         """Return the reward by which a run is validated and reported: its own, unless it names another."""
         return self.runs[run].judge or self.runs[run].reward
 
-    def metric_groups(self, dataset: str) -> list[str]:
-        """Return the metric groups that score `dataset`: those of `test_only` where a run tests on it alone."""
-        tested = any(dataset in run.tests for run in self.runs.values())
-        return [name for name in self.iqa.groups if tested or name not in self.iqa.test_only]
-
     def num_rollouts(self, dataset: str) -> int:
         """Return how many rollouts `dataset` needs: the largest M of the rewards that use it."""
         used = [
@@ -389,8 +386,8 @@ def load(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def read(*paths: Path | str) -> Config:
-    """Load and merge YAML files, the later over the earlier, as Snakemake does with --configfile."""
+def read(*paths: Path | str, changes: Mapping[str, Any] | None = None) -> Config:
+    """Load and merge YAML files, the later over the earlier, as Snakemake does with --configfile; then `changes`."""
     import yaml
 
     raw: dict[str, Any] = {}
@@ -398,4 +395,4 @@ def read(*paths: Path | str) -> Config:
         if not Path(path).is_file():
             raise UserError(f"config file {path}: not found")
         raw = _merge(raw, yaml.safe_load(Path(path).read_text()) or {})
-    return load(raw)
+    return load(_merge(raw, changes or {}))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp2osr import metrics, weights
+from dp2osr import config_datasets, metrics, published, weights
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ def check_references(config: "Config") -> None:
             known(f"policies.{name}.derive_from", policy.derive_from, models)
     for name, run in config.runs.items():
         _check_run(config, name, run, models)
+    config_datasets.check_config(config)
+    for kind, named in (("datasets", set(config.datasets)), ("policies", models)):
+        for name, there in getattr(config.report.published, kind).items():
+            known(f"report.published.{kind}", name, named)
+            known(f"report.published.{kind}.{name}", there, published.names(kind))
     weights.needs(config)  # stops at a `hub:` name that is none
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dp2osr.config import Config, DatasetSettings, RunSettings
 from dp2osr.config_checks import prompt_files
+from dp2osr.config_datasets import metric_groups
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class Planner:
             jobs = shards * len(blocks)
             yield self._row(stage, f"{dataset}, {policy}", jobs, images=images, kind=kind, each=each)
         for (dataset, policy), blocks in sorted(wanted.scored.items()):
-            groups = {name: self.config.iqa.groups[name] for name in self.config.metric_groups(dataset)}
+            groups = metric_groups(self.config, dataset)
             jobs = self.config.datasets[dataset].num_shards * len(blocks) * len(groups)
             images = self._times(dataset, wanted.candidates(dataset, policy, blocks))
             each = SCORE_BYTES * sum(map(len, groups.values()))

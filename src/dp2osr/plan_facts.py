@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dp2osr import images, tables
 from dp2osr.config import Config, DatasetSettings
+from dp2osr.config_datasets import metric_groups
 from dp2osr.plan import ONE_PROMPT, Amount, Facts, Wanted, images_a_step, prompt_stage
 
 Job = tuple[str, str, float, int]  # stage, kind, seconds, images
@@ -39,7 +40,7 @@ def _count(settings: DatasetSettings, shards: Mapping[str, int]) -> Amount | Non
     known = [count for count in files if count is not None]
     if not files or len(known) < len(files):
         return None
-    crops = 1 if settings.crop == "center" else settings.crops_per_image
+    crops = 1 if settings.crop in ("center", "full") else settings.crops_per_image
     return Amount(sum(known) * crops, f"files x {crops} crops", True)
 
 
@@ -66,7 +67,7 @@ def _seconds(config: Config, shards: Mapping[str, Mapping[str, int]]) -> dict[tu
     means = {key: seconds / count for key, (seconds, count) in sums.items() if count}
     parts = {group: means.pop(("score", group), None) for group in config.iqa.groups}
     for dataset in config.datasets:
-        groups = config.metric_groups(dataset)
+        groups = list(metric_groups(config, dataset))
         known = [mean for group in groups if (mean := parts[group]) is not None]
         if groups and len(known) == len(groups):
             means["score", ", ".join(groups)] = sum(known)

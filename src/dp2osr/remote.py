@@ -68,7 +68,7 @@ def check(config: "Config") -> None:
     """Check the addresses of all data sets, and that what fetches them is installed; raises UserError with the key."""
     for name, dataset in config.datasets.items():
         key = f"config: datasets.{name}.images"
-        for entry in filter(is_remote, dataset.images):
+        for entry in filter(is_remote, [*dataset.images, *dataset.lr.images]):
             parts = urlsplit(entry)
             if parts.query or parts.fragment or "@" in parts.netloc or "::" in entry:
                 raise UserError(

@@ -1,5 +1,6 @@
 """From an LR image to a restored one: control image, sampling, decoding and colour fix, in one place."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,50 @@ def restore(
     latents = backend.sample(branch, control, embeddings, negative, seeds, sampling, **cells)
     decoded = decode(backend, latents, tile=tile, overlap=overlap) if tile else backend.decode_latents(latents)
     return colour.fix(decoded.to(lr.device), upsampled, sampling.colour_fix)
+
+
+def restore_whole(
+    backend: Backend,
+    branch: torch.nn.Module,
+    lr: torch.Tensor,
+    *,
+    scale: int,
+    embeddings: Embeddings,
+    negative: Embeddings,
+    seeds: Sequence[int],
+    sampling: SamplingSettings,
+    tile: int = 0,
+) -> torch.Tensor:
+    """Restore whole photographs of any size, by overlapping tiles where they are larger than a tile.
+
+    tile: output pixels, 0 for the model's own size; otherwise as `restore`. LR is padded to the model's multiple.
+    """
+    multiple, factor = backend.size_multiple, backend.latent_factor
+    tile = math.ceil((tile or backend.native_size) / multiple) * multiple
+    height, width = (side * scale for side in lr.shape[2:])
+    padded = pad(lr, multiple // math.gcd(multiple, scale))
+    tiled = max(padded.shape[2:]) * scale > tile
+    restored = restore(
+        backend,
+        branch,
+        padded,
+        scale=scale,
+        embeddings=embeddings,
+        negative=negative,
+        seeds=seeds,
+        sampling=sampling,
+        tile=tile if tiled else 0,
+        overlap=tile // 4 // factor * factor if tiled else 0,
+    )
+    return restored[:, :, :height, :width]
+
+
+def pad(lr: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Pad (B, 3, h, w) at the right and bottom to multiples by reflection, by repeated edges where it is too small."""
+    height, width = lr.shape[2:]
+    bottom, right = -height % multiple, -width % multiple
+    mode = "reflect" if bottom < height and right < width else "replicate"
+    return functional.pad(lr, (0, right, 0, bottom), mode=mode) if bottom or right else lr
 
 
 def decode(backend: Backend, latents: torch.Tensor, *, tile: int, overlap: int) -> torch.Tensor:

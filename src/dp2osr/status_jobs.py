@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dp2osr.config import Config
+from dp2osr.config_datasets import metric_groups
 from dp2osr.plan import Wanted, prompt_stage
 
 # stage -> its last output below the results, and its log below logs/ without suffix, as in rules/*.smk.
@@ -129,7 +130,7 @@ def _candidate_jobs(wanted: Wanted) -> Iterator[Job]:
         stage = "derive" if wanted.derive(policy) else "rollout"
         yield from (make(stage, **cell) for cell in cells(dataset, policy, blocks))
     for (dataset, policy), blocks in sorted(wanted.scored.items()):
-        for metrics in config.metric_groups(dataset):
+        for metrics in metric_groups(config, dataset):
             yield from (make("score", metrics=metrics, **cell) for cell in cells(dataset, policy, blocks))
     for dataset, policy, reward in sorted(wanted.rewards):
         yield make("reward", dataset=dataset, policy=policy, reward=reward)

@@ -43,12 +43,12 @@ IMAGES = _schema(
     _column("sha256", _TEXT, "of the file's bytes"),
     _column("width", _INT, "of the file after EXIF orientation", "px"),
     _column("height", _INT, "of the file after EXIF orientation", "px"),
-    _column("crop_x", _INT, "left edge of the crop, after downscaling", "px"),
-    _column("crop_y", _INT, "top edge of the crop, after downscaling", "px"),
-    _column("crop_size", _INT, "side of the crop", "px"),
+    _column("crop_x", _INT, "left edge of the crop in the file, after downscaling", "px"),
+    _column("crop_y", _INT, "top edge of the crop in the file, after downscaling", "px"),
+    _column("crop_size", _INT, "side of the crop in the file, after downscaling; 0: the whole file", "px"),
     _column("split", _TEXT, "label of the dataset"),
     _column("shard", _INT, "shard that holds it; -1 where not used"),
-    _column("status", _TEXT, "ok, rejected or duplicate"),
+    _column("status", _TEXT, "ok, rejected, duplicate, or partner: the given LR file of the photograph"),
     _column("reason", _TEXT, "why it is not used; empty where ok"),
 )
 

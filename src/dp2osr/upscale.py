@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from dp2osr import config, images, resume, sampling, seeds, shards
 from dp2osr.config import PolicySettings, SamplingSettings
@@ -42,34 +41,18 @@ class Upscaler:
 
     def restore(self, lr: torch.Tensor, seed: int) -> torch.Tensor:
         """Return one restoration (3, h·scale, w·scale) of (3, h, w) RGB in [0, 1]."""
-        multiple = self.backend.size_multiple
-        tile = self.tile or self.backend.native_size
-        tile = math.ceil(tile / multiple) * multiple
-        height, width = lr.shape[1:]
-        padded = pad(lr[None], multiple // math.gcd(multiple, self.scale))
-        tiled = max(padded.shape[2:]) * self.scale > tile
-        factor = self.backend.latent_factor
-        restored = sampling.restore(
+        restored = sampling.restore_whole(
             self.backend,
             self.branch,
-            padded.to(self.backend.device),
+            lr[None].to(self.backend.device),
             scale=self.scale,
             embeddings=self.prompt,
             negative=self.negative,
             seeds=[seed],
             sampling=self.settings,
-            tile=tile if tiled else 0,
-            overlap=tile // 4 // factor * factor if tiled else 0,
+            tile=self.tile,
         )
-        return restored[0, :, : height * self.scale, : width * self.scale].cpu()
-
-
-def pad(lr: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Pad (B, 3, h, w) at the right and bottom to multiples by reflection, by repeated edges where it is too small."""
-    height, width = lr.shape[2:]
-    bottom, right = -height % multiple, -width % multiple
-    mode = "reflect" if bottom < height and right < width else "replicate"
-    return functional.pad(lr, (0, right, 0, bottom), mode=mode) if bottom or right else lr
+        return restored[0].cpu()
 
 
 def load(policy: PolicySettings, *, device: torch.device, prompt: str, scale: int, tile: int) -> Upscaler:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dp2osr import config
+from dp2osr.config_datasets import metric_groups
 from dp2osr.errors import UserError
 
 OVERLAYS = sorted(path.name for path in (Path(__file__).parents[2] / "config").glob("*.yaml"))
@@ -111,7 +112,7 @@ def test_groups_of_test_sets_alone(config_dict: dict[str, Any]) -> None:
     config_dict["iqa"]["test_only"] = ["evaluation"]
     found = config.load(config_dict)
     assert found.runs["default"].tests == ["holdout"]
-    groups = {name: found.metric_groups(name) for name in ("train", "val", "holdout")}
+    groups = {name: list(metric_groups(found, name)) for name in ("train", "val", "holdout")}
     assert groups == {"train": ["light"], "val": ["light"], "holdout": ["light", "evaluation"]}
     config_dict["rewards"]["default"]["fr"] = ["vif"]
     rejected(config_dict, "rewards.default", "found 'vif'", "iqa.test_only")

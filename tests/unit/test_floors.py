@@ -16,6 +16,7 @@ SRC = Path(__file__).parents[2] / "src"
 LIGHT = (
     "config",
     "config_checks",
+    "config_datasets",
     "config_degradation",
     "strict",
     "tables",
@@ -23,6 +24,7 @@ LIGHT = (
     "versions",
     "errors",
     "metrics",
+    "published",
     "remote",
     "resume",
     "stage",

@@ -317,6 +317,23 @@ def test_picks_same_seeds_and_own_extremes_without_missing_rewards() -> None:
     assert rows[2] == [("worst", 0, 0.2), ("median", 3, 0.4), ("best", 2, 0.8)]
 
 
+def test_block_without_an_original_has_a_plain_tile_in_its_place() -> None:
+    import torch
+
+    from dp2osr.shards import encode_image
+
+    picks = [[sheets.Pick("reference", "worst", 0, 0.1)], [], [sheets.Pick("policy", "best", 1, 0.9)]]
+    candidates = {("g", number): encode_image(torch.full((3, 20, 28), 0.5)) for number in range(2)}
+    sample = {"lr.png": encode_image(torch.rand(3, 5, 7))}
+    found = sheets.block("g", "wild.png", picks, sample=sample, reference=candidates, policy=candidates)
+    assert [[tile.title for tile in row] for row in found.rows] == [
+        ["LR", "reference, worst"],
+        ["LR, bicubic"],
+        ["no HR", "policy, best"],
+    ]
+    assert {tile.image.size for row in found.rows for tile in row} == {(28, 20)}
+
+
 def test_a_setting_is_compared_on_equal_terms() -> None:
     grid = pd.DataFrame([{"M": m, "N/M": share} for m in (8, 16, 32) for share in (1 / 16, 1 / 8, 1 / 4)])
     grid = grid[(grid["M"] > 8) | (grid["N/M"] > 1 / 16)]  # one candidate in sixteen of eight cannot be

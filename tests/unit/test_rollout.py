@@ -10,7 +10,7 @@ from dp2osr import config, seeds
 from dp2osr.errors import UserError
 from dp2osr.models.backend import StoredEmbeddings, read_embeddings, weights_hash
 from dp2osr.sampling import images_control
-from dp2osr.shards import decode_image, read_shard
+from dp2osr.shards import decode_image, encode_image, read_shard, write_shard
 from dp2osr.stages import rollout
 
 
@@ -39,6 +39,38 @@ def command(
 
 def test_plan_keeps_a_group_together() -> None:
     assert rollout.plan(["a", "b"], 2, 2, 3) == [[("a", 2), ("a", 3), ("b", 2)], [("b", 3)]]
+
+
+def test_no_batch_spans_two_shapes() -> None:
+    images = {"a": torch.zeros(3, 4, 4), "b": torch.zeros(3, 4, 4), "c": torch.zeros(3, 5, 4)}
+    assert rollout.plan_shapes(images, 0, 2, 3) == [
+        [("a", 0), ("a", 1), ("b", 0)],
+        [("b", 1)],
+        [("c", 0), ("c", 1)],
+    ]
+
+
+def test_whole_photographs_of_any_size(
+    tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path
+) -> None:
+    """A photograph of the crops' size gives the very same candidates; others are padded, and tiled where larger."""
+    rollout.main(job)
+    groups, policy = tiny_shards.names(3), tiny_shards.policy(config_dict, tiny_model)
+    samples = dict(read_shard(tmp_path / "lr.tar"))
+    for group, (height, width) in {groups[1]: (5, 7), groups[2]: (30, 9)}.items():
+        samples[group] = {"lr.png": encode_image(torch.rand(3, height, width)), "json": b"{}"}
+    write_shard(tmp_path / "lr.tar", samples.items())
+    command_line = command(tmp_path, policy, out="whole.tar")
+    settings = json.loads(command_line[command_line.index("--config") + 1]) | {"whole": True}
+    command_line[command_line.index("--config") + 1] = json.dumps(settings)
+    rollout.main(command_line)
+    found = dict(read_shard(tmp_path / "whole.tar"))
+    shapes = {key: tuple(decode_image(fields["png"]).shape[1:]) for key, fields in found.items()}
+    assert [shapes[f"{group}-r0000"] for group in groups] == [(32, 32), (20, 28), (120, 36)]
+    crop, whole = (
+        decode_image(each[f"{groups[0]}-r0000"]["png"]) for each in (dict(read_shard(tmp_path / "out.tar")), found)
+    )
+    assert torch.allclose(crop, whole, atol=1.5 / 255)
 
 
 def test_pack_round_trip() -> None:

@@ -33,10 +33,10 @@ def upscaler(tiny_model: Path) -> upscale.Upscaler:
 
 def test_padding_reflects_or_repeats() -> None:
     image = torch.arange(5.0).expand(1, 3, 5, 5)
-    assert upscale.pad(image, 4)[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 3, 2, 1]
-    assert upscale.pad(image, 16).shape == (1, 3, 16, 16)
-    assert upscale.pad(image, 16)[0, 0, 0, 5:].unique().tolist() == [4.0]
-    assert upscale.pad(image, 5) is image
+    assert sampling.pad(image, 4)[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 3, 2, 1]
+    assert sampling.pad(image, 16).shape == (1, 3, 16, 16)
+    assert sampling.pad(image, 16)[0, 0, 0, 5:].unique().tolist() == [4.0]
+    assert sampling.pad(image, 5) is image
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 7), (16, 16), (37, 23)])

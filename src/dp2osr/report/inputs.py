@@ -9,6 +9,7 @@ import pandas as pd
 
 from dp2osr import tables
 from dp2osr.config import EvaluateSettings, ReportSettings, RewardSettings, RunSettings
+from dp2osr.config_datasets import without_fr
 from dp2osr.errors import UserError
 from dp2osr.preference.reward import apply_scale
 from dp2osr.report import sheets
@@ -16,13 +17,18 @@ from dp2osr.strict import Strict
 
 
 class ReportJob(Strict):
-    """Settings of one run's report; `name` is the run's."""
+    """Settings of one run's report; `name` is the run's. without_hr: test sets that have no HR images."""
 
     name: str
     run: RunSettings
     reward: RewardSettings
     evaluate: EvaluateSettings
     report: ReportSettings
+    without_hr: tuple[str, ...] = ()
+
+    def reward_on(self, dataset: str) -> RewardSettings:
+        """Return the reward as it is on a test set."""
+        return without_fr(self.reward) if dataset in self.without_hr else self.reward
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,9 @@ def on_scale(path: Path, scales: pd.DataFrame, settings: RewardSettings) -> pd.D
 def read_test(paths: TestPaths, job: ReportJob) -> TestSet:
     """Read one test data set and the few images that its contact sheet shows."""
     scales = tables.read(paths.scales, tables.SCALES)
-    reference = on_scale(paths.rewards_reference, scales, job.reward)
-    policy = on_scale(paths.rewards_policy, scales, job.reward)
+    reward = job.reward_on(paths.name)
+    reference = on_scale(paths.rewards_reference, scales, reward)
+    policy = on_scale(paths.rewards_policy, scales, reward)
     images = tables.read(paths.images, tables.IMAGES).set_index("image_id")
     groups = sheets.choose_groups(
         reference, policy, dict(zip(images.index, images["photo_id"], strict=True)), job.report.num_groups

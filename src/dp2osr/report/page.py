@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dp2osr.metrics import METRICS
-from dp2osr.report import figures, sheets, text
+from dp2osr.report import figures, published, sheets, text
 from dp2osr.report.inputs import Material, TestSet
 
 Files = dict[str, bytes]  # path below the report's folder -> content
@@ -126,8 +126,11 @@ def _test_section(test: TestSet, material: Material) -> tuple[dict[str, Any], Fi
     files = {f"figures/{plot.name}.png": plot.png for plot in plots}
     files[f"tables/evaluation-{test.name}.csv"] = csv(test.evaluation)
     files[f"tables/metrics-{test.name}.csv"] = csv(pd.DataFrame(metrics))
+    known = published.beside(test.evaluation, test.name, job.report.published)
+    files |= {f"tables/published-{test.name}.csv": csv(known)} if len(known) else {}
     section = {
         "name": test.name,
+        "published": published.section(known, job.report.published.datasets.get(test.name, "")),
         "verdict": text.verdict(test.evaluation, confidence=job.evaluate.confidence, **names),
         "judged": rows["mean_at_m"].judged,
         "cards": [cell(rows[name]) for name in CARDS if name in rows],
@@ -135,6 +138,7 @@ def _test_section(test: TestSet, material: Material) -> tuple[dict[str, Any], Fi
         "metrics": metrics,
         "policies": policy_table(test.evaluation, _order(test.evaluation, job.name, job.run.reference)),
         "blocks": test.blocks,
+        "without_hr": test.name in job.without_hr,
         "no_reward": int(np.isnan(test.policy["reward"]).sum() + np.isnan(test.reference["reward"]).sum()),
         "candidates": len(test.policy) + len(test.reference),
     }
@@ -145,7 +149,7 @@ def _image_rows(images: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     rows = []
     for name, frame in images.items():
         ok = frame["status"] == "ok"
-        reasons = frame.loc[~ok, "reason"].value_counts()
+        reasons = frame.loc[~frame["status"].isin(["ok", "partner"]), "reason"].value_counts()
         rows.append(
             {
                 "dataset": name,

@@ -15,6 +15,7 @@ SMALL = 128  # pixels: images under this are enlarged, and embedded without loss
 _LINE = 18  # pixels of one caption line on the sheet
 _GAP = 6
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # the one that figures have
+_EMPTY = "#e8eaed"  # in the place of an image that does not exist
 _COLOURS = {"source": "#555b63", "reference": "#b5690b", "policy": "#1f6fb2"}
 
 Candidates = Mapping[tuple[str, int], bytes]  # (group_id, rollout) -> encoded image
@@ -100,7 +101,7 @@ def pick(reference: pd.DataFrame, policy: pd.DataFrame) -> list[list[Pick]]:
 
 
 def read_samples(paths: Iterable[Path], groups: Sequence[str]) -> dict[str, dict[str, bytes]]:
-    """Return group_id -> fields hr.png, lr.png of the LR shards, for these groups alone."""
+    """Return group_id -> fields lr.png and, where there is HR, hr.png of the LR shards, for these groups alone."""
     from dp2osr import shards
 
     return {key: fields for path in paths for key, fields in shards.read_shard(path) if key in set(groups)}
@@ -133,13 +134,16 @@ def block(
     reference: Candidates,
     policy: Candidates,
 ) -> Block:
-    """Build the tiles of one group from its sample (fields hr.png, lr.png) and the picked candidates."""
-    hr, lr = _open(sample["hr.png"]), _open(sample["lr.png"])
-    size = f"{lr.width}×{lr.height}"
+    """Build the tiles of one group from its sample (fields lr.png, hr.png if any) and the picked candidates."""
+    lr = _open(sample["lr.png"])
+    shown = [data for side in (reference, policy) for (group, _), data in side.items() if group == group_id]
+    size = _open(sample["hr.png"] if "hr.png" in sample else shown[0]).size if shown or "hr.png" in sample else lr.size
     sources = (
-        Tile("source", "LR", f"{size} px, nearest", lr.resize(hr.size, Image.Resampling.NEAREST)),
-        Tile("source", "LR, bicubic", "what the model sees", lr.resize(hr.size, Image.Resampling.BICUBIC)),
-        Tile("source", "HR", "the original", hr),
+        Tile("source", "LR", f"{lr.width}×{lr.height} px, nearest", lr.resize(size, Image.Resampling.NEAREST)),
+        Tile("source", "LR, bicubic", "what the model sees", lr.resize(size, Image.Resampling.BICUBIC)),
+        Tile("source", "HR", "the original", _open(sample["hr.png"]))
+        if "hr.png" in sample
+        else Tile("source", "no HR", "there is no original", Image.new("RGB", size, _EMPTY)),
     )
     rows = []
     for first, line in zip(sources, picks, strict=True):

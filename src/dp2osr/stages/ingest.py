@@ -1,6 +1,7 @@
 """Read the images of a dataset, crop them, and record every file as a row of images.parquet.
 
 A row is a crop (status ok, or rejected where it is flat), or a file that gave none (rejected, duplicate) with a reason.
+An LR file that was given is a row, too: status partner, and the photo_id of the HR file that it belongs to.
 """
 
 import hashlib
@@ -15,23 +16,30 @@ import pandas as pd
 from pydantic import Field
 
 from dp2osr import images, remote, seeds, stage, tables
+from dp2osr.config_datasets import LrSettings
 from dp2osr.errors import UserError
+from dp2osr.partners import LrFile, Partners, misfit
 from dp2osr.strict import Count, Probability, Strict
 
 LOG = logging.getLogger("ingest")
 LUMA = np.array([0.299, 0.587, 0.114])
 BYTES_PER_PIXEL = 8  # a file of more than this times max_pixels is not read
-OK, REJECTED, DUPLICATE = "ok", "rejected", "duplicate"
+OK, REJECTED, DUPLICATE, PARTNER = "ok", "rejected", "duplicate", "partner"
 Row = dict[str, Any]
 
 
 class IngestJob(Strict):
-    """The keys of a dataset that decide its images.parquet, and the base seed."""
+    """The keys of a dataset that decide its images.parquet, and the base seed.
+
+    lr and scale: where LR images are given; nothing else reads them.
+    """
 
     images: list[str]
+    lr: LrSettings | None = None
+    scale: Count = 1
     split: str
     hr_size: Count
-    crop: Literal["random", "grid", "center"]
+    crop: Literal["random", "grid", "center", "full"]
     crops_per_image: Count
     downscale: Count
     min_std: Annotated[float, Field(ge=0)]
@@ -39,6 +47,16 @@ class IngestJob(Strict):
     max_rejected_share: Probability
     num_shards: Count
     seed: int
+
+    @property
+    def source(self) -> str:
+        """Where LR images come from: degraded, given or alone."""
+        return self.lr.source if self.lr else "degraded"
+
+    @property
+    def side(self) -> int:
+        """Side of a crop in pixels of the file, which is LR where there is no HR."""
+        return self.hr_size // self.scale if self.source == "alone" else self.hr_size
 
 
 def ingest(job: IngestJob, *, copies: Path | None = None) -> pd.DataFrame:
@@ -50,15 +68,18 @@ def ingest(job: IngestJob, *, copies: Path | None = None) -> pd.DataFrame:
         raise UserError("config: images: found an empty list, wanted folders, globs, .tar shards or builtin:NAME")
     max_bytes = BYTES_PER_PIXEL * job.max_pixels
     found = (item for entry in job.images for item in images.find(entry, max_bytes=max_bytes, copies=copies))
-    table = pd.DataFrame(list(_rows(found, job)))
+    partners = None
+    if job.lr and job.source == "given":
+        partners = Partners.find(job.lr.images, job.lr.endings, max_bytes=max_bytes, copies=copies)
+    table = pd.DataFrame(list(_rows(found, job, partners)))
     _check_shares(table, job)
     table["image_id"] = _unique(table["image_id"])
     table["shard"] = _deal((table["status"] == OK).to_numpy(), job.num_shards)
     return table.drop(columns="is_image")
 
 
-def _rows(found: Iterable[images.Found], job: IngestJob) -> Iterator[Row]:
-    """Yield the rows of each file; the first of several equal files is used."""
+def _rows(found: Iterable[images.Found], job: IngestJob, partners: Partners | None) -> Iterator[Row]:
+    """Yield the rows of each file; the first of several equal files is used. `partners` are the given LR files."""
     first: dict[str, str] = {}
     for count, item in enumerate(found, start=1):
         if count % 1000 == 0:
@@ -66,14 +87,23 @@ def _rows(found: Iterable[images.Found], job: IngestJob) -> Iterator[Row]:
         sha256 = "" if item.problem else hashlib.sha256(item.data).hexdigest()
         photo_id = (sha256 or hashlib.sha256(item.source.encode()).hexdigest())[:16]
         row = _file_row(item, photo_id, sha256, job.split)
+        file = partners.take(item.source) if partners and item.is_image else None
         if item.problem:
-            yield row | {"reason": item.problem}
+            rows = [row | {"reason": item.problem}]
         elif sha256 in first:
             reason = f"same bytes as {first[sha256]}"
-            yield row | {"image_id": f"{photo_id}-dup", "status": DUPLICATE, "reason": reason}
+            rows = [row | {"image_id": f"{photo_id}-dup", "status": DUPLICATE, "reason": reason}]
+        elif partners:
+            rows = _pair_rows(item.data, row, job, file)
         else:
-            first[sha256] = item.source
-            yield from _crop_rows(item.data, row, job)
+            rows = list(_crop_rows(item.data, row, job))
+        if sha256 and (partners is None or any(each["status"] == OK for each in rows)):
+            first.setdefault(sha256, item.source)  # an HR file whose pair fails may stand once more, beside another
+        yield from rows
+        if file:
+            yield _partner_row(file, rows, job)
+    for file, reason in partners.left() if partners else ():
+        yield _lr_row(file, "", job) | {"reason": reason}
 
 
 def _file_row(item: images.Found, photo_id: str, sha256: str, split: str) -> Row:
@@ -102,29 +132,83 @@ def _crop_rows(data: bytes, row: Row, job: IngestJob) -> Iterator[Row]:
     except images.BadImage as error:
         yield row | {"reason": str(error)}
         return
+    yield from _photo_rows(photo, row, job)
+
+
+def _photo_rows(photo: images.Pixels, row: Row, job: IngestJob) -> Iterator[Row]:
+    """Yield a row for each crop of a decoded file, or one row with the reason why there is none."""
     height, width = photo.shape[:2]
     row = row | {"width": width, "height": height}
-    size = job.hr_size
-    if min(width, height) < size * job.downscale:
-        reason = f"too small: {width}x{height}, wanted at least {size * job.downscale} px (hr_size x downscale)"
+    if job.crop != "full" and min(width, height) < job.side * job.downscale:
+        rule = "hr_size / scale" if job.source == "alone" else "hr_size x downscale"
+        reason = f"too small: {width}x{height}, wanted at least {job.side * job.downscale} px ({rule})"
         yield row | {"reason": reason}
         return
     photo = images.area_downscale(photo, job.downscale)
-    seed = seeds.derive(job.seed, "crop", row["photo_id"])
-    boxes = images.crop_boxes(
-        photo.shape[1], photo.shape[0], size=size, mode=job.crop, count=job.crops_per_image, seed=seed
-    )
-    for number, (x, y) in enumerate(boxes):
-        std = float((photo[y : y + size, x : x + size] @ LUMA).std() / 255)
-        crop = {"image_id": f"{row['photo_id']}-{number:03d}", "crop_x": x, "crop_y": y, "crop_size": size}
+    for number, (x, y, side) in enumerate(_boxes(photo, row["photo_id"], job)):
+        part = photo[y : y + side, x : x + side] if side else photo
+        std = float((part @ LUMA).std() / 255)
+        crop = {"image_id": f"{row['photo_id']}-{number:03d}", "crop_x": x, "crop_y": y, "crop_size": side}
         flat = f"flat: standard deviation {std:.4f}, wanted at least {job.min_std}" if std < job.min_std else ""
         yield row | crop | {"status": REJECTED if flat else OK, "reason": flat}
+
+
+def _boxes(photo: images.Pixels, photo_id: str, job: IngestJob) -> list[tuple[int, int, int]]:
+    """Return (x, y, side) of the crops; side 0 is the whole file. Crops of a pair fall on whole LR pixels."""
+    if job.crop == "full":
+        return [(0, 0, 0)]
+    step = job.scale if job.source == "given" else 1
+    height, width = photo.shape[0] // step, photo.shape[1] // step
+    seed = seeds.derive(job.seed, "crop", photo_id)
+    boxes = images.crop_boxes(width, height, size=job.side // step, mode=job.crop, count=job.crops_per_image, seed=seed)
+    return [(x * step, y * step, job.side) for x, y in boxes]
+
+
+def _pair_rows(data: bytes, row: Row, job: IngestJob, file: LrFile | None) -> list[Row]:
+    """Return the rows of an HR file with its LR file: those of its crops, or one with the reason why there is none."""
+    if file is None:
+        return [row | {"reason": "no LR file of its pair name"}]
+    try:
+        hr = images.decode(data, max_pixels=job.max_pixels)
+        row = row | {"width": hr.shape[1], "height": hr.shape[0]}
+        wrong = misfit(hr, _read_lr(file, job), job.scale)
+    except images.BadImage as error:
+        wrong = str(error)
+    return [row | {"reason": wrong}] if wrong else list(_photo_rows(hr, row, job))
+
+
+def _read_lr(file: LrFile, job: IngestJob) -> images.Pixels:
+    """Decode a given LR file; raises BadImage that names it."""
+    try:
+        if file.found.problem:
+            raise images.BadImage(file.found.problem)
+        with images.Sources(file.copies) as sources:
+            return images.decode(sources.read(file.found.source, file.sha256), max_pixels=job.max_pixels)
+    except images.BadImage as error:
+        raise images.BadImage(f"its LR file {file.found.source}: {error}") from None
+
+
+def _partner_row(file: LrFile, hr_rows: Sequence[Row], job: IngestJob) -> Row:
+    """Return the row of an LR file that an HR file has: partner where the pair gives a crop, else rejected."""
+    row = _lr_row(file, hr_rows[0]["photo_id"], job)
+    if not any(each["status"] == OK for each in hr_rows):
+        return row | {"reason": f"its HR file {hr_rows[0]['source']} is not used"}
+    width, height = (hr_rows[0][side] // job.scale for side in ("width", "height"))
+    return row | {"status": PARTNER, "width": width, "height": height}
+
+
+def _lr_row(file: LrFile, photo_id: str, job: IngestJob) -> Row:
+    """Return the row of a given LR file, rejected so far; photo_id is that of its HR file, empty where it has none."""
+    own = (file.sha256 or hashlib.sha256(file.found.source.encode()).hexdigest())[:16]
+    row = _file_row(file.found, photo_id or own, file.sha256, job.split)
+    return row | {"image_id": f"{photo_id or own}-lr"}
 
 
 def _check_shares(table: pd.DataFrame, job: IngestJob) -> None:
     """Log how many crops and files there are of each status; raise UserError where too many files were rejected."""
     counts = Counter(table["status"])
-    LOG.info("crops and files: %s", ", ".join(f"{counts[status]} {status}" for status in (OK, REJECTED, DUPLICATE)))
+    told = [OK, *([PARTNER] if job.source == "given" else []), REJECTED, DUPLICATE]
+    LOG.info("crops and files: %s", ", ".join(f"{counts[status]} {status}" for status in told))
     for reason, count in Counter(table.loc[table["status"] == REJECTED, "reason"].str.split(":").str[0]).items():
         LOG.info("rejected: %d times '%s'", count, reason)
     files = table[table["is_image"] & (table["status"] != DUPLICATE)]

@@ -8,8 +8,9 @@ import argparse
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutJob(strict.Strict):
-    """What determines the candidates of a block: rollouts `first` .. `first + count - 1` of each group."""
+    """What determines the candidates of a block: rollouts `first` .. `first + count - 1` of each group.
 
+    whole: the images are photographs of any size, which are restored by tiles where the model's own size is smaller.
+    """
+
+    whole: bool = False
     policy: config.PolicySettings
     seed: int
     first: int
@@ -59,7 +64,8 @@ class Sampler:
 
         settings, device = self.job.policy.sampling, self.backend.device
         numbers = [seeds.candidate(self.job.seed, group, rollout) for group, rollout in batch]
-        restored = sampling.restore(
+        restore = sampling.restore_whole if self.job.whole else sampling.restore
+        restored = restore(
             self.backend,
             self.branch,
             torch.stack([self.images[group] for group, _ in batch]).to(device),
@@ -82,6 +88,14 @@ def plan(groups: Sequence[str], first: int, count: int, batch_size: int) -> list
     """Cut all (group, rollout) of a job, the rollouts of a group together, into batches."""
     wanted = [(group, rollout) for group in groups for rollout in range(first, first + count)]
     return [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+
+
+def plan_shapes(
+    images: Mapping[str, "torch.Tensor"], first: int, count: int, batch_size: int
+) -> list[list[tuple[str, int]]]:
+    """Plan as `plan` does, the groups in order and no batch across images of two shapes."""
+    alike = groupby(images, key=lambda group: images[group].shape)
+    return [batch for _, groups in alike for batch in plan(list(groups), first, count, batch_size)]
 
 
 def pack(samples: Sequence["Sample"]) -> bytes:
@@ -153,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dp2osr import shards
 
     sampler = load_sampler(args)
-    batches = plan(list(sampler.images), args.config.first, args.config.count, args.batch_size)
+    batches = plan_shapes(sampler.images, args.config.first, args.config.count, args.batch_size)
     settings = f"{versions.ROLLOUT} {args.config.model_dump_json()} {args.batch_size} {sampler.backend.device.type}"
     mark = resume.fingerprint(settings, sampler.policy_hash, args.lr, args.embeddings)
     parts = resume.Parts(args.candidates, mark)
