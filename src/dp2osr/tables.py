@@ -15,6 +15,7 @@ from dp2osr.metrics import METRICS, arrow
 from dp2osr.resume import atomic
 
 NORM = "__norm"  # suffix of a metric's normalised score
+STD = "__std"  # suffix of a metric's spread over the candidates of a group
 
 _TEXT, _INT, _FLOAT = pa.string(), pa.int32(), pa.float64()
 
@@ -135,7 +136,7 @@ EVALUATION = _schema(
     "evaluation",
     ["policy", "statistic", "m"],
     _column("policy", _TEXT, "policy, or control"),
-    _column("statistic", _TEXT, "mean_at_m, best_at_m, worst_at_m, std, fr, nr, win_rate or a metric's name"),
+    _column("statistic", _TEXT, "mean_at_m, best_at_m, worst_at_m, std, fr, nr, win_rate, a metric or <metric>__std"),
     _column("m", _INT, "number of candidates an image"),
     _column("value", _FLOAT, "mean over photographs' images; rewards on the reference's per-image scale"),
     _column("value_low", _FLOAT, "lower end of the value's interval"),
