@@ -140,9 +140,9 @@ def metric_grid(found: Sequence[Line], *, dataset: str, policy: str, reference: 
     m = max((line.row.m for line in found), default=0)
     rows = [[Cell(_label(line)), *_pair(line), Cell(line.difference), Cell(line.interval)] for line in found]
     caption = (
-        f"{policy} against {reference} on {dataset}: raw scores, mean over {text.count(m, 'seed')} an image. Trained: in the "
-        f"reward of the run. Bold: the better mean. {SURE}: the {level} interval of the difference, by a paired bootstrap "
-        "over photographs, leaves out zero."
+        f"{policy} against {reference} on {dataset}: raw scores, mean over {text.count(m, 'seed')} an image. "
+        f"Trained: in the reward of the run. Bold: the better mean. {SURE}: the {level} interval of the difference, "
+        "by a paired bootstrap over photographs, leaves out zero."
     )
     heads = ["metric", reference, policy, "difference", f"{level} interval"]
     return Grid(caption, "family", heads, _sections(found, rows))
@@ -161,8 +161,8 @@ def stability_grid(found: Sequence[Line], *, dataset: str, policy: str, referenc
         rows.append([Cell(_label(line)), *cells, change, Cell(_interval(line, spread))])
     m = max((line.row.m for line in spreads), default=0)
     caption = (
-        f"Stability of {policy} and {reference} on {dataset}: mean ± std over the {text.count(m, 'seed')} of an image, both "
-        f"averaged over images. {SURE}: the {level} interval of the change of the std leaves out zero."
+        f"Stability of {policy} and {reference} on {dataset}: mean ± std over the {text.count(m, 'seed')} of an image, "
+        f"both averaged over images. {SURE}: the {level} interval of the change of the std leaves out zero."
     )
     heads = ["metric", reference, policy, "std change", f"{level} interval"]
     return Grid(caption, "family", heads, _sections(spreads, rows))

@@ -30,7 +30,8 @@ class ReportJob(Strict):
 class TestSet:
     """One test data set: its evaluation, the rewards of both on the reference's scale, and the images shown.
 
-    evaluation: rows of tables.EVALUATION, in_reward by the reward that the run was tuned on. reference, policy: group_id, rollout, reward.
+    evaluation: rows of tables.EVALUATION, in_reward by the reward that the run was tuned on.
+    reference, policy: group_id, rollout, reward.
     """
 
     __test__ = False  # no test case, whatever pytest makes of the name
