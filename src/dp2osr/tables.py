@@ -3,11 +3,12 @@
 Unit, range and direction of each column are in its field metadata, so that they travel with the file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dp2osr.errors import UserError
@@ -15,6 +16,7 @@ from dp2osr.metrics import METRICS, arrow
 from dp2osr.resume import atomic
 
 NORM = "__norm"  # suffix of a metric's normalised score
+ROW_GROUP = 16384  # rows that a reader of one group takes at least: at M = 64 those of 256 groups (docs/tables.md)
 STD = "__std"  # suffix of a metric's spread over the candidates of a group
 
 _TEXT, _INT, _FLOAT = pa.string(), pa.int32(), pa.float64()
@@ -189,12 +191,15 @@ def check(schema: pa.Schema, wanted: pa.Schema, path: Path | str) -> None:
         raise UserError(f"table {path}: unknown column '{sorted(extra)[0]}', wanted {', '.join(wanted.names)}")
 
 
-def load(path: Path | str) -> pa.Table:
-    """Read any parquet file as an arrow table; raises UserError naming the file."""
+def load(path: Path | str, *, groups: Collection[str] | None = None) -> pa.Table:
+    """Read any parquet file as an arrow table; raises UserError naming the file.
+
+    groups: read the rows of these group_ids alone; row groups without any of them are skipped.
+    """
     if not Path(path).is_file():
         raise UserError(f"table {path}: not found")
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, filters=None if groups is None else pc.field("group_id").isin(list(groups)))
     except pa.ArrowInvalid as error:
         raise UserError(f"table {path}: no readable parquet file ({error})") from None
 
@@ -206,9 +211,9 @@ def read(path: Path | str, schema: pa.Schema) -> pd.DataFrame:
     return table.select(schema.names).to_pandas()
 
 
-def read_rewards(path: Path | str) -> pd.DataFrame:
-    """Read a rewards table; its metrics are those whose normalised column it holds."""
-    table = load(path)
+def read_rewards(path: Path | str, *, groups: Collection[str] | None = None) -> pd.DataFrame:
+    """Read a rewards table, or its rows of some groups; its metrics are those whose normalised column it holds."""
+    table = load(path, groups=groups)
     metrics = [name[: -len(NORM)] for name in table.schema.names if name.endswith(NORM)]
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UserError(f"table {path}: unknown metric '{unknown[0]}'")
@@ -232,5 +237,6 @@ def write(frame: pd.DataFrame, path: Path | str, schema: pa.Schema, *, sort: boo
         frame = frame.sort_values(keys(schema), kind="stable")
     table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     table = table.replace_schema_metadata(schema.metadata)
+    repeating = [field.name for field in schema if not pa.types.is_floating(field.type)]  # scores hardly repeat
     with atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=repeating)
