@@ -136,7 +136,10 @@ def shard_files(groups: Iterable[Group], shard: str, settings: ExplorerSettings)
         if not batch:
             break
         name = f"page-{number:03d}"
-        yield f"{name}.js", script(f"shard-{shard}/{name}", {"groups": [candidates_json(each, settings) for each in batch]})
+        yield (
+            f"{name}.js",
+            script(f"shard-{shard}/{name}", {"groups": [candidates_json(each, settings) for each in batch]}),
+        )
         for at, group in enumerate(batch):
             place = {"page": number, "at": at}
             rows.append({"id": group.group_id, "source": group.source, **place, **numbers(group.rewards)})
@@ -188,7 +191,9 @@ def read_rows(data: Path, shards: Sequence[str]) -> tuple[list[str], list[Json]]
         try:
             found = json.loads(path.read_bytes())
         except (FileNotFoundError, json.JSONDecodeError) as error:
-            raise UserError(f"explorer data {path}: not there or no JSON ({error}); delete its folder, run again") from None
+            raise UserError(
+                f"explorer data {path}: not there or no JSON ({error}); delete its folder, run again"
+            ) from None
         metrics = metrics or found["metrics"]
         rows += [row | {"shard": shard} for row in found["rows"]]
     return metrics, rows

@@ -4,7 +4,7 @@
 
 (() => {
   const KEPT_PAGES = 3; // data files of groups in memory
-  const LARGE = 230; // pixels of the large images
+  const LARGE = 300; // pixels of the large images at most
   const CARD = 104; // pixels of a candidate's picture
   const find = (id) => document.getElementById(id);
 
@@ -293,8 +293,11 @@
     const tiles = [["LR", "what the model was given", 0], ["HR", sprite.missing.includes(1) ? "none" : "the original", 1]];
     if (best >= 0) tiles.push(["best", said(best), 2 + best]);
     tiles.push(["selected", said(selected), 2 + selected]);
+    const width = find("large").clientWidth;
+    const columns = width < 700 ? 2 : 4;
+    const side = Math.min(LARGE, Math.floor(width / columns) - 12);
     find("large").replaceChildren(
-      ...tiles.map(([title, note, tile]) => make("figure", {}, picture(sprite, tile, LARGE, `${title}: ${note}`), make("figcaption", {}, make("b", {}, title), ` ${note}`))),
+      ...tiles.map(([title, note, tile]) => make("figure", {}, picture(sprite, tile, side, `${title}: ${note}`), make("figcaption", {}, make("b", {}, title), ` ${note}`))),
     );
   }
 
@@ -322,9 +325,11 @@
     );
   }
 
-  function head(by, text, out) {
+  /** A head that sorts: metrics by their normalised score, so that the best comes first whatever their direction. */
+  function head(by, text, metric) {
     const active = sorting.by === by;
-    const direction = active ? (sorting.down ? "descending" : "ascending") : undefined;
+    const falling = sorting.down !== (metric?.arrow === "↓"); // of the raw scores that are shown
+    const direction = active ? (falling ? "descending" : "ascending") : undefined;
     const again = () => {
       if (active) sorting.down = !sorting.down;
       else sorting = { by, down: by !== "rank" && by !== "rollout" };
@@ -332,14 +337,15 @@
       refresh();
       find(`head-${by}`).focus();
     };
-    const arrow = active ? (sorting.down ? " ▾" : " ▴") : "";
+    const arrow = active ? (falling ? " ▾" : " ▴") : "";
+    const out = metric && !metric.in_reward;
     return make("th", { scope: "col", "aria-sort": direction }, make("button", { type: "button", id: `head-${by}`, class: out ? "out" : "", onclick: again }, text + arrow));
   }
 
   function tableOf() {
     const { group } = shown;
     const heads = [head("rollout", "seed"), head("rank", "rank"), make("th", { class: "left" }, "pair"), head("reward", "reward"), head("fr", "FR"), head("nr", "NR")];
-    heads.push(...data.metrics.map((each) => head(each.name, `${each.name} ${each.arrow}`, !each.in_reward)));
+    heads.push(...data.metrics.map((each) => head(each.name, `${each.name} ${each.arrow}`, each)));
     const rows = shown.order.map((candidate) => {
       const side = mark(candidate);
       const cells = [String(group.rollout[candidate]), group.rank[candidate] < 0 ? "–" : String(group.rank[candidate])];
