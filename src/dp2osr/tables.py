@@ -1,8 +1,10 @@
 """All parquet tables: schemas, and the only functions that read and write them.
 
-Unit, range and direction of each column are in its field metadata, so that they travel with the file.
+Unit, range and direction of each column are in its field metadata, so that they travel with the file; as one JSON text
+they are in the file's own metadata, too, where readers find them that know no Arrow.
 """
 
+import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +30,9 @@ def _column(name: str, kind: pa.DataType, description: str, unit: str = "", span
 
 
 def _schema(name: str, keys: Sequence[str], *columns: pa.Field) -> pa.Schema:
-    return pa.schema(columns, metadata={"table": name, "keys": ",".join(keys)})
+    notes = {field.name: {key.decode(): text.decode() for key, text in field.metadata.items()} for field in columns}
+    metadata = {"table": name, "keys": ",".join(keys), "columns": json.dumps(notes, ensure_ascii=False)}
+    return pa.schema(columns, metadata=metadata)
 
 
 _GROUP = _column("group_id", _TEXT, "one LR image: the image_id of images.parquet")
@@ -199,7 +203,8 @@ def load(path: Path | str, *, groups: Collection[str] | None = None) -> pa.Table
     if not Path(path).is_file():
         raise UserError(f"table {path}: not found")
     try:
-        return pq.read_table(path, filters=None if groups is None else pc.field("group_id").isin(list(groups)))
+        wanted = None if groups is None else pc.field("group_id").isin(pa.array(list(groups), pa.string()))
+        return pq.read_table(path, filters=wanted)
     except pa.ArrowInvalid as error:
         raise UserError(f"table {path}: no readable parquet file ({error})") from None
 

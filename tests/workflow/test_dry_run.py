@@ -11,7 +11,7 @@ import yaml
 
 from dp2osr import config
 from dp2osr.config_checks import prompt_files
-from workflow_rig import CONFIG, ROOT, Workflow, count, pick
+from workflow_rig import CONFIG, ROOT, Workflow, count, parse_jobs, pick
 
 OVERLAYS = sorted(path.name for path in (ROOT / "config").glob("*.yaml") if path != CONFIG)
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pyiqa", "matplotlib"}
@@ -51,6 +51,24 @@ def test_every_config_file(name: str, tmp_path: Path) -> None:
 def test_pretrain_is_asked_for_by_name(tmp_path: Path) -> None:
     jobs = Workflow(tmp_path, [CONFIG, CONFIG.parent / "pretrain.yaml"]).plan("pretrain")
     assert count(jobs) == {"ingest": 1, "pretrain": 1}
+
+
+def test_explorer_is_asked_for_by_name(tmp_path: Path) -> None:
+    """A page for the training candidates with the pairs of both runs, and one for each policy on the test set."""
+    shared = {"runs": {"again": {"seed": 1}}, "datasets": {"train": {"num_shards": 3}}}
+    done = Workflow(tmp_path).snakemake("--dry-run", "--printshellcmds", "explorer", changes=shared)
+    assert done.returncode == 0, done.stdout[-3000:]
+    jobs = parse_jobs(done.stdout)
+    pages = pick(jobs, "explorer_page")
+    assert sorted((page["dataset"], page["policy"]) for page in pages) == [
+        ("holdout", "again"),
+        ("holdout", "base"),
+        ("holdout", "default"),
+        ("train", "base"),
+    ]
+    assert len(pick(jobs, "explorer_shard", dataset="train")) == 3
+    pairs = "--pairs default=results/runs/default/pairs.parquet again=results/runs/again/pairs.parquet"
+    assert done.stdout.count(pairs) == 1
 
 
 def test_full_scale_in_seconds(tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ def run_page(material: Material) -> tuple[str, Files]:
         "training": {"sentence": sentence, "fired": fired, "figures": [figure(plot) for plot in plots]},
         "images": images,
         "pairs": _pair_rows(material.pairs),
+        "explorer": f"../../../{job.run.dataset}/{job.run.reference}/explorer/{job.run.reward}/index.html",
         "settings": yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False),
         "software": dict(material.software),
         "timings": material.timings.to_dict("records"),
