@@ -100,6 +100,7 @@ rule report:
                 "name": wildcards.run,
                 "run": cfg.runs[wildcards.run].model_dump(),
                 "reward": cfg.rewards[cfg.judge(wildcards.run)].model_dump(),
+                "tuned_on": cfg.rewards[cfg.runs[wildcards.run].reward].model_dump(),
                 "evaluate": cfg.evaluate.model_dump(),
                 "report": cfg.report.model_dump(),
                 "without_hr": [

@@ -30,6 +30,7 @@ localrules:
     policy,
     evaluation,
     figures,
+    explorer,
     prune,
 
 
@@ -64,3 +65,9 @@ rule figures:
     input:
         each_run(f"{R}/runs/{{run}}/report/index.html"),
         f"{R}/report/compare.html",
+
+
+# Every candidate that a run was trained on, judged by its reward, and those of its tests; not part of `all`.
+rule explorer:
+    input:
+        explored(),

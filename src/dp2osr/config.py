@@ -232,6 +232,14 @@ class ReportSettings(Strict):
     published: PublishedSettings
 
 
+class ExplorerSettings(Strict):
+    """The group explorer: pictures of candidates, in pixels and WebP quality, and how many groups a data file holds."""
+
+    thumbnail: Annotated[int, Field(ge=16, le=1024)]
+    quality: Annotated[int, Field(ge=1, le=100)]
+    groups_per_page: Count
+
+
 class TransformerSettings(Strict):
     """Shape of the tiny FLUX-style transformer: double and single blocks, and those that the control branch copies."""
 
@@ -322,6 +330,7 @@ class Config(Strict):
     limits: LimitSettings
     evaluate: EvaluateSettings
     report: ReportSettings
+    explorer: ExplorerSettings
     pretrain: PretrainSettings
 
     def root_policy(self, name: str) -> str:

@@ -6,7 +6,8 @@ Every statistic is a number a group (LR image), whose mean over groups is report
   the n that the group has. In closed form over the rising rewards x(1)..x(n), so no draw is favoured:
   E[best] = Σ x(k) · C(k-1, m-1) / C(n, m) and E[worst] = Σ x(k) · C(n-k, m-1) / C(n, m).
 - std: population standard deviation of the reward over a group's candidates (lower is more stable).
-- fr, nr, and each raw metric: mean over a group's candidates.
+- fr, nr, and each raw metric: mean over a group's candidates; <metric>__std: its population standard deviation over
+  them, of which the paper's stability table (mean ± std over seeds) is made.
 - win_rate: share of seeds at which the policy's reward beats the reference's, a tie counts half; the reference has 0.5.
   A policy with one candidate an image has no seeds: it meets each of the reference's candidates.
 
@@ -183,13 +184,12 @@ def group_statistics(planes: Planes, sizes: Sequence[int], *, num_candidates: in
     for m in sizes:
         for statistic, values in zip(REWARD_STATISTICS, at_m(planes.reward, m), strict=True):
             found[statistic, m] = values
-    several = np.isfinite(planes.reward).sum(axis=1) > 1
-    spread = np.full(len(several), np.nan)
-    spread[several] = np.nanstd(planes.reward[several], axis=1)
-    found["std", num_candidates] = spread
+    found["std", num_candidates] = _spread(planes.reward)
     for name, plane in planes.planes.items():
         if name != "reward":
             found[name, num_candidates] = _mean(plane)
+        if name in METRICS:
+            found[name + tables.STD, num_candidates] = _spread(plane)
     return found
 
 
@@ -223,7 +223,7 @@ def _compare(
             "difference": np.nanmean(value - base, axis=0),
             "ci_low": ci_low,
             "ci_high": ci_high,
-            "in_reward": [each not in METRICS or each in in_reward for each in statistics],
+            "in_reward": [each not in METRICS or each in in_reward for each in map(_measured, statistics)],
             "higher_better": [_higher_better(each) for each in statistics],
             "num_groups": (~unpaired).sum(axis=0).astype(np.int32),
             "num_photos": [len(np.unique(resamples.photo[~column])) for column in unpaired.T],
@@ -231,14 +231,29 @@ def _compare(
     ).astype({"num_photos": "int32"})
 
 
+def _measured(statistic: str) -> str:
+    """Return the metric that a statistic is of, or the statistic itself."""
+    return statistic.removesuffix(tables.STD)
+
+
 def _higher_better(statistic: str) -> bool:
-    return not METRICS[statistic].lower_better if statistic in METRICS else statistic != "std"
+    if statistic in METRICS:
+        return not METRICS[statistic].lower_better
+    return statistic != "std" and not statistic.endswith(tables.STD)
 
 
 def _mean(values: Floats) -> Floats:
     """Return the mean of each row over its finite values; NaN where it has none."""
     count = np.isfinite(values).sum(axis=1)
     return np.where(count > 0, np.nansum(values, axis=1) / np.maximum(count, 1), np.nan)
+
+
+def _spread(values: Floats) -> Floats:
+    """Return the population standard deviation of each row over its finite values; NaN where it has under two."""
+    several = np.isfinite(values).sum(axis=1) > 1
+    spread = np.full(len(values), np.nan)
+    spread[several] = np.nanstd(values[several], axis=1)
+    return spread
 
 
 def _photos(groups: npt.NDArray[np.object_], images: pd.DataFrame) -> npt.NDArray[np.object_]:

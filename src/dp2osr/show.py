@@ -241,7 +241,8 @@ def evaluation_text(frame: pd.DataFrame) -> str:
             cells = [number(row[key]) for key in ("m", "value", "reference", "difference", "ci_low", "ci_high")]
             sure = row["ci_low"] > 0 or row["ci_high"] < 0
             better = "better" if (row["difference"] > 0) == row["higher_better"] else "worse"
-            rows.append([label, *cells, (better if sure and name not in ("std", "diversity") else "").ljust(6)])
+            judged = sure and name not in ("std", "diversity") and not name.endswith(tables.STD)
+            rows.append([label, *cells, (better if judged else "").ljust(6)])
         blocks.append(grid(rows))
     return "\n\n".join(blocks)
 

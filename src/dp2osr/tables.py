@@ -1,14 +1,16 @@
 """All parquet tables: schemas, and the only functions that read and write them.
 
-Unit, range and direction of each column are in its field metadata, so that they travel with the file.
+Unit, range and direction of each column are in its field metadata, so that they travel with the file; as one JSON text
+they are in the file's own metadata, too, where readers find them that know no Arrow.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dp2osr.errors import UserError
@@ -17,6 +19,8 @@ from dp2osr.resume import atomic
 
 NORM = "__norm"  # suffix of a metric's normalised score
 ORIGINS = b"origins"  # key in the schema's metadata: what made each metric's numbers, as JSON (iqa/origin.py)
+ROW_GROUP = 16384  # rows that a reader of one group takes at least: at M = 64 those of 256 groups (docs/tables.md)
+STD = "__std"  # suffix of a metric's spread over the candidates of a group
 
 _TEXT, _INT, _FLOAT = pa.string(), pa.int32(), pa.float64()
 
@@ -27,7 +31,9 @@ def _column(name: str, kind: pa.DataType, description: str, unit: str = "", span
 
 
 def _schema(name: str, keys: Sequence[str], *columns: pa.Field) -> pa.Schema:
-    return pa.schema(columns, metadata={"table": name, "keys": ",".join(keys)})
+    notes = {field.name: {key.decode(): text.decode() for key, text in field.metadata.items()} for field in columns}
+    metadata = {"table": name, "keys": ",".join(keys), "columns": json.dumps(notes, ensure_ascii=False)}
+    return pa.schema(columns, metadata=metadata)
 
 
 _GROUP = _column("group_id", _TEXT, "one LR image: the image_id of images.parquet")
@@ -137,7 +143,7 @@ EVALUATION = _schema(
     "evaluation",
     ["policy", "statistic", "m"],
     _column("policy", _TEXT, "policy, or control"),
-    _column("statistic", _TEXT, "mean_at_m, best_at_m, worst_at_m, std, fr, nr, win_rate or a metric's name"),
+    _column("statistic", _TEXT, "mean_at_m, best_at_m, worst_at_m, std, fr, nr, win_rate, a metric or <metric>__std"),
     _column("m", _INT, "number of candidates an image"),
     _column("value", _FLOAT, "mean over photographs' images; rewards on the reference's per-image scale"),
     _column("value_low", _FLOAT, "lower end of the value's interval"),
@@ -190,12 +196,16 @@ def check(schema: pa.Schema, wanted: pa.Schema, path: Path | str) -> None:
         raise UserError(f"table {path}: unknown column '{sorted(extra)[0]}', wanted {', '.join(wanted.names)}")
 
 
-def load(path: Path | str) -> pa.Table:
-    """Read any parquet file as an arrow table; raises UserError naming the file."""
+def load(path: Path | str, *, groups: Collection[str] | None = None) -> pa.Table:
+    """Read any parquet file as an arrow table; raises UserError naming the file.
+
+    groups: read the rows of these group_ids alone; row groups without any of them are skipped.
+    """
     if not Path(path).is_file():
         raise UserError(f"table {path}: not found")
     try:
-        return pq.read_table(path)
+        wanted = None if groups is None else pc.field("group_id").isin(pa.array(list(groups), pa.string()))
+        return pq.read_table(path, filters=wanted)
     except pa.ArrowInvalid as error:
         raise UserError(f"table {path}: no readable parquet file ({error})") from None
 
@@ -207,9 +217,9 @@ def read(path: Path | str, schema: pa.Schema) -> pd.DataFrame:
     return table.select(schema.names).to_pandas()
 
 
-def read_rewards(path: Path | str) -> pd.DataFrame:
-    """Read a rewards table; its metrics are those whose normalised column it holds."""
-    table = load(path)
+def read_rewards(path: Path | str, *, groups: Collection[str] | None = None) -> pd.DataFrame:
+    """Read a rewards table, or its rows of some groups; its metrics are those whose normalised column it holds."""
+    table = load(path, groups=groups)
     metrics = [name[: -len(NORM)] for name in table.schema.names if name.endswith(NORM)]
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UserError(f"table {path}: unknown metric '{unknown[0]}'")
@@ -261,5 +271,6 @@ def write(
     table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     notes = {ORIGINS: json.dumps(dict(origins), sort_keys=True).encode()} if origins else {}
     table = table.replace_schema_metadata({**(schema.metadata or {}), **notes})
+    repeating = [field.name for field in schema if not pa.types.is_floating(field.type)]  # scores hardly repeat
     with atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=repeating)

@@ -102,11 +102,14 @@ def test_reference_rows() -> None:
         ("worst_at_m", M, groups.min()),
         ("best_at_m", 1, groups.mean()),
         ("std", M, groups.std(ddof=0)),
+        ("ssim__std", M, base.groupby("group_id")["ssim"].std(ddof=0)),
     ):
         row = table.loc["base", statistic, m]
         assert row["value"] == pytest.approx(wanted.mean())
         assert row["value_low"] < row["value"] < row["value_high"]
     assert table["in_reward"]["base", "ssim", M] and not table["in_reward"]["base", "piqe", M]
+    assert table["in_reward"]["base", "ssim__std", M] and not table["in_reward"]["base", "piqe__std", M]
+    assert not table["higher_better"]["base", "ssim__std", M]
     assert table["higher_better"]["base", "ssim", M] and not table["higher_better"]["base", "niqe", M]
     assert not table["higher_better"]["base", "std", M] and table["higher_better"]["base", "fr", M]
     assert (table["num_groups"] == 24).all() and (table["num_photos"] == 12).all()

@@ -78,6 +78,9 @@ def evaluation_table(*, gain: float = 0.3, policy: str = "default") -> pd.DataFr
             in_reward = metric in ("fsim", "gmsd", "nlpd", "niqe")
             extra = {"in_reward": in_reward, "higher_better": not down}
             rows.append(evaluation_row(name, metric, M, 0.4, change, **extra))
+            rows.append(
+                evaluation_row(name, metric + tables.STD, M, 0.1, -0.02, in_reward=in_reward, higher_better=False)
+            )
     return pd.DataFrame(rows).astype({"m": "int32", "num_groups": "int32", "num_photos": "int32"})
 
 
@@ -158,6 +161,7 @@ def job(root: Path, **changes: Any) -> str:
         "name": "default",
         "run": loaded.runs["default"].model_dump(),
         "reward": loaded.rewards["default"].model_dump(),
+        "tuned_on": loaded.rewards["default"].model_dump(),
         "evaluate": loaded.evaluate.model_dump(),
         "report": loaded.report.model_dump() | {"num_groups": 3},
     }
@@ -222,7 +226,8 @@ def test_page_is_self_contained_escaped_and_complete(rendered: Path) -> None:
     page = (rendered / "index.html").read_text()
     links = Links()
     links.feed(page)
-    assert links.found and all(link.startswith(("#", "data:image/")) for link in links.found)
+    away = [link for link in links.found if not link.startswith(("#", "data:image/"))]
+    assert links.found and away == ["../../../train/base/explorer/default/index.html"]  # a link, fetched by nobody
     assert "<script" not in page and "&lt;script&gt;cannot be read (1)" in page and "photo &lt;0&gt;.png" in page
     assert "0.800 against 0.500, a difference of +0.300 (95 % interval [+0.250, +0.350])" in page
     assert "The guard stopped the training at step 80: diversity fell under 0.25" in page
@@ -245,9 +250,27 @@ def test_files_beside_the_page(rendered: Path) -> None:
     ]
     with Image.open(rendered / "contact_sheet.png") as sheet:
         assert sheet.width > 2 * 4 * 64
-    metrics = pd.read_csv(rendered / "tables" / "metrics-holdout.csv").set_index("title")
-    assert metrics.loc["piqe ↓", "judged"] == "worse" and metrics.loc["piqe ↓", "winner"] == "reference"
-    assert metrics.loc["niqe ↓", "winner"] == "policy" and metrics.loc["niqe ↓", "role"] == "in the reward"
+    metrics = pd.read_csv(rendered / "tables" / "metrics-holdout.csv").set_index("metric")
+    assert metrics.loc["piqe", "judged"] == "worse" and metrics.loc["piqe", "better"] == "reference"
+    assert metrics.loc["niqe", "better"] == "policy" and metrics.loc["niqe", "family"] == "trained NR"
+    assert (metrics["reference_std"] == 0.1).all()
+    kinds = {path.suffix: path.read_text() for path in (rendered / "tables").glob("metrics-*")}
+    assert "| untrained NR | piqe ↓ | **0.40** | 0.70 | +0.30† |" in kinds[".md"]
+    assert "piqe $\\downarrow$ & \\textbf{0.40} & 0.70 & +0.30$^{\\dagger}$" in kinds[".tex"]
+    assert "0.40 ± 0.10" in (rendered / "tables" / "stability-holdout.md").read_text()
+    assert "\\emph{holdout}" in (rendered / "tables" / "paper.tex").read_text()
+
+
+def test_metrics_on_the_page_are_in_families(rendered: Path) -> None:
+    page = (rendered / "index.html").read_text()
+    assert re.findall(r'rowgroup">(\w+ \w+): ([\w ]+)<', page) == [
+        ("trained FR", "in the reward"),
+        ("trained NR", "in the reward"),
+        ("untrained NR", "held out"),
+        ("untrained FR", "held out"),
+    ]
+    table = page[page.index('class="families"') : page.index('id="controls-holdout"')]
+    assert re.sub(r"\s+", "", table).count('<bclass="win">') == len(SCORED)
 
 
 def test_missing_option_is_one_clear_line(tmp_path: Path, root: Path) -> None:

@@ -54,6 +54,24 @@ def test_pretrain_is_asked_for_by_name(tmp_path: Path) -> None:
     assert count(jobs) == {"ingest": 1, "pretrain": 1}
 
 
+def test_explorer_is_asked_for_by_name(tmp_path: Path) -> None:
+    """A page for the training candidates with the pairs of both runs, and one for each policy on the test set."""
+    shared = {"runs": {"again": {"seed": 1}}, "datasets": {"train": {"num_shards": 3}}}
+    done = Workflow(tmp_path).snakemake("--dry-run", "--printshellcmds", "explorer", changes=shared)
+    assert done.returncode == 0, done.stdout[-3000:]
+    jobs = parse_jobs(done.stdout)
+    pages = pick(jobs, "explorer_page")
+    assert sorted((page["dataset"], page["policy"]) for page in pages) == [
+        ("holdout", "again"),
+        ("holdout", "base"),
+        ("holdout", "default"),
+        ("train", "base"),
+    ]
+    assert len(pick(jobs, "explorer_shard", dataset="train")) == 3
+    pairs = "--pairs default=results/runs/default/pairs.parquet again=results/runs/again/pairs.parquet"
+    assert done.stdout.count(pairs) == 1
+
+
 def test_full_scale(tmp_path: Path) -> None:
     """Seconds of CPU, the number of jobs, and of files: four a job, whatever the number of images."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -12,16 +12,20 @@ from dp2osr.config import EvaluateSettings, ReportSettings, RewardSettings, RunS
 from dp2osr.config_datasets import without_fr
 from dp2osr.errors import UserError
 from dp2osr.preference.reward import apply_scale
-from dp2osr.report import sheets
+from dp2osr.report import families, sheets
 from dp2osr.strict import Strict
 
 
 class ReportJob(Strict):
-    """Settings of one run's report; `name` is the run's. without_hr: test sets that have no HR images."""
+    """Settings of one run's report; `name` is the run's, `reward` judges it, and it was tuned on `tuned_on`.
+
+    without_hr: test sets that have no HR images.
+    """
 
     name: str
     run: RunSettings
     reward: RewardSettings
+    tuned_on: RewardSettings
     evaluate: EvaluateSettings
     report: ReportSettings
     without_hr: tuple[str, ...] = ()
@@ -35,7 +39,8 @@ class ReportJob(Strict):
 class TestSet:
     """One test data set: its evaluation, the rewards of both on the reference's scale, and the images shown.
 
-    evaluation: rows of tables.EVALUATION. reference, policy: group_id, rollout, reward.
+    evaluation: rows of tables.EVALUATION, in_reward by the reward that the run was tuned on.
+    reference, policy: group_id, rollout, reward.
     """
 
     __test__ = False  # no test case, whatever pytest makes of the name
@@ -127,7 +132,8 @@ def read_test(paths: TestPaths, job: ReportJob) -> TestSet:
         for group in groups
         if group in samples
     ]
-    return TestSet(paths.name, tables.read(paths.evaluation, tables.EVALUATION), reference, policy, blocks)
+    evaluation = families.mark_trained(tables.read(paths.evaluation, tables.EVALUATION), job.tuned_on)
+    return TestSet(paths.name, evaluation, reference, policy, blocks)
 
 
 def sort_paths(args: argparse.Namespace) -> list[TestPaths]:

@@ -1,6 +1,6 @@
 """The page of one run: what the templates show, and the figures and tables beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dp2osr.metrics import METRICS
-from dp2osr.report import figures, published, sheets, text
-from dp2osr.report.inputs import Material, TestSet
+from dp2osr.report import families, figures, markup, published, sheets, text
+from dp2osr.report.inputs import Material, ReportJob, TestSet
 
 Files = dict[str, bytes]  # path below the report's folder -> content
 CARDS = ("mean_at_m", "worst_at_m", "best_at_m", "fr", "nr", "win_rate", "std")
@@ -56,23 +56,33 @@ def cell(row: text.Row) -> dict[str, str]:
     }
 
 
-def metric_rows(rows: text.Rows) -> list[dict[str, str]]:
-    """Return the per-metric table of a policy (statistic -> row), those of the reward first."""
-    found = [name for name in METRICS if name in rows]
-    found.sort(key=lambda name: not rows[name].in_reward)
-    lines = []
-    for name in found:
-        row = rows[name]
-        gain = row.difference if row.higher_better else -row.difference
-        lines.append(
-            cell(row)
-            | {
-                "kind": "full reference" if METRICS[name].kind == "fr" else "no reference",
-                "role": "in the reward" if row.in_reward else "held out",
-                "winner": "policy" if gain > 0 else "reference" if gain < 0 else "",
-            }
-        )
-    return lines
+def metric_sections(found: Sequence[families.Line]) -> list[dict[str, Any]]:
+    """Return the families that a run has, each with the rows of its metrics as text."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for line in found:
+        row, spread = line.row, line.spread
+        cells = {"title": text.label(line.metric, row.m), "winner": line.winner, "judged": row.judged}
+        cells |= {"reference": line.number(row.reference), "value": line.number(row.value)}
+        cells |= {"change": line.difference, "change_interval": line.interval}
+        cells |= {"reference_std": line.number(spread.reference) if spread else ""}
+        cells |= {"value_std": line.number(spread.value) if spread else ""}
+        sections.setdefault(line.family, []).append(cells)
+    return [{"family": family, "rows": rows} for family, rows in sections.items()]
+
+
+def metric_files(found: Sequence[families.Line], **words: str) -> Files:
+    """Return the metric and stability tables of a data set as CSV (full precision), Markdown and LaTeX."""
+    name, files = words["dataset"], {f"tables/metrics-{words['dataset']}.csv": csv(families.frame(found))}
+    for kind, grid in (
+        ("metrics", families.metric_grid(found, **words)),
+        ("stability", families.stability_grid(found, **words)),
+    ):
+        files |= _written(f"tables/{kind}-{name}", grid)
+    return files
+
+
+def _written(stem: str, grid: markup.Grid) -> Files:
+    return {f"{stem}.md": markup.markdown(grid).encode(), f"{stem}.tex": markup.latex(grid).encode()}
 
 
 def policy_table(evaluation: pd.DataFrame, order: list[str]) -> dict[str, Any]:
@@ -112,6 +122,11 @@ def _forest(evaluation: pd.DataFrame, *, dataset: str, policy: str, reference: s
     )
 
 
+def _level(job: ReportJob) -> str:
+    """Return the level of the intervals as text."""
+    return f"{100 * job.evaluate.confidence:g} %"
+
+
 def _test_section(test: TestSet, material: Material) -> tuple[dict[str, Any], Files]:
     job = material.job
     names = {"dataset": test.name, "policy": job.name, "reference": job.run.reference}
@@ -122,10 +137,10 @@ def _test_section(test: TestSet, material: Material) -> tuple[dict[str, Any], Fi
         figures.histogram(values, **names),
         _forest(test.evaluation, **names),
     ]
-    metrics = metric_rows(rows)
+    lines = families.lines(rows)
     files = {f"figures/{plot.name}.png": plot.png for plot in plots}
     files[f"tables/evaluation-{test.name}.csv"] = csv(test.evaluation)
-    files[f"tables/metrics-{test.name}.csv"] = csv(pd.DataFrame(metrics))
+    files |= metric_files(lines, **names, level=_level(job))
     known = published.beside(test.evaluation, test.name, job.report.published)
     files |= {f"tables/published-{test.name}.csv": csv(known)} if len(known) else {}
     section = {
@@ -135,7 +150,8 @@ def _test_section(test: TestSet, material: Material) -> tuple[dict[str, Any], Fi
         "judged": rows["mean_at_m"].judged,
         "cards": [cell(rows[name]) for name in CARDS if name in rows],
         "figures": [figure(plot) for plot in plots],
-        "metrics": metrics,
+        "families": metric_sections(lines),
+        "has_std": any(line.spread for line in lines),
         "policies": policy_table(test.evaluation, _order(test.evaluation, job.name, job.run.reference)),
         "blocks": test.blocks,
         "without_hr": test.name in job.without_hr,
@@ -195,6 +211,9 @@ def run_page(material: Material) -> tuple[str, Files]:
         "tables/images.csv": csv(pd.DataFrame(images)),
         "tables/timings.csv": csv(material.timings),
     }
+    models = {"policy": job.name, "reference": job.run.reference}
+    lines = [(test.name, families.lines(text.at_largest_m(test.evaluation, job.name))) for test in material.tests]
+    files |= _written("tables/paper", families.paper_grid(lines, **models))
     sentence, fired = text.training_sentence(material.validation, material.log)
     context = {
         "title": f"Run {job.name}",
@@ -203,11 +222,12 @@ def run_page(material: Material) -> tuple[str, Files]:
         "training": {"sentence": sentence, "fired": fired, "figures": [figure(plot) for plot in plots]},
         "images": images,
         "pairs": _pair_rows(material.pairs),
+        "explorer": f"../../../{job.run.dataset}/{job.run.reference}/explorer/{job.run.reward}/index.html",
         "settings": yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False),
         "software": dict(material.software),
         "timings": material.timings.to_dict("records"),
         "total_hours": material.timings["seconds"].sum() / 3600,
         "zoom": job.report.zoom,
-        "confidence": f"{100 * job.evaluate.confidence:g} %",
+        "confidence": _level(job),
     }
     return render("run.html.j2", context), files
