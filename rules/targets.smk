@@ -30,6 +30,7 @@ localrules:
     policy,
     evaluation,
     figures,
+    downstream,
     prune,
 
 
@@ -64,3 +65,20 @@ rule figures:
     input:
         each_run(f"{R}/runs/{{run}}/report/index.html"),
         f"{R}/report/compare.html",
+
+
+def each_benchmark(wildcards):
+    if not cfg.downstream:
+        raise WorkflowError(
+            "config: downstream: no benchmark is named there, so there is nothing to do; see docs/downstream.md"
+        )
+    return [
+        f"{R}/runs/{run}/downstream/{task}.parquet"
+        for run in cfg.runs
+        for task in cfg.downstream
+    ]
+
+
+rule downstream:
+    input:
+        each_benchmark,

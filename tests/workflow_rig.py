@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "config.yaml"
 SMALLEST = ROOT / "tests" / "data" / "smallest.yaml"
 CORES = len(os.sched_getaffinity(0))
-TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "prune"})
+TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "downstream", "prune"})
 
 # What a run may write differently each time: wall clock, and what names the machine or the moment.
 VOLATILE = re.compile(
