@@ -19,6 +19,15 @@ def task_shards(wildcards):
     return [f"{number:04d}" for number in range(task_of(wildcards).num_shards)]
 
 
+def given_lr(wildcards):
+    return [task_of(wildcards).lr] if task_of(wildcards).lr else []
+
+
+def optional(option, paths):
+    """The option with its path, or nothing where there is none."""
+    return f"{option} {shlex.quote(str(paths))}" if paths else ""
+
+
 def benchmark_job(wildcards):
     """What determines the LR images of a benchmark."""
     task = task_of(wildcards)
@@ -30,11 +39,11 @@ def benchmark_job(wildcards):
 
 
 # One rule for the three kinds of benchmark: they differ in how annotations name photographs.
-rule benchmark:
+rule lower_resolution:
     input:
         images=lambda wildcards: task_of(wildcards).images,
         annotations=lambda wildcards: task_of(wildcards).annotations,
-        given=lambda wildcards: [task_of(wildcards).lr] if task_of(wildcards).lr else [],
+        given=given_lr,
     output:
         lr=f"{R}/downstream/{{task}}/lr/shard-{{shard}}.tar",
     log:
@@ -47,12 +56,12 @@ rule benchmark:
         gpu=num_gpus,
         device=cfg.device,
     params:
-        given=lambda wildcards, input: f"--given {input.given}" if input.given else "",
+        given=lambda wildcards, input: optional("--given", input.given),
         config=benchmark_job,
         version=versions.BENCHMARK,
     shell:
         "python -m dp2osr.stages.benchmark --images {input.images:q} --annotations {input.annotations:q}"
-        " {params.given} --shard $((10#{wildcards.shard})) --device {resources.device}"
+        " {params.given} --shard {wildcards.shard} --device {resources.device}"
         " --config {params.config:q} --lr {output.lr} 2> {log}"
 
 
@@ -63,9 +72,7 @@ def restore_job(wildcards):
     return params_json(
         {
             "policy": cfg.policy(wildcards.source).model_dump(),
-            "prompt": dataset.prompt.model_dump(
-                include={"source", "text", "tags", "caption"}
-            ),
+            "prompt": dataset.prompt.model_dump(exclude={"table"}),
             "scale": dataset.degradation.scale,
             "tile": task.tile,
             "num_seeds": task.num_seeds,
@@ -110,6 +117,10 @@ def seen(wildcards):
     return f"{root}/{wildcards.source}/restored/shard-{wildcards.shard}.tar"
 
 
+def seen_photographs(wildcards):
+    return [task_of(wildcards).images] if wildcards.source == "hr" else []
+
+
 def predict_job(wildcards):
     task = task_of(wildcards)
     scale = cfg.datasets[task.dataset].degradation.scale
@@ -122,9 +133,7 @@ def predict_job(wildcards):
 rule predict:
     input:
         shard=seen,
-        images=lambda wildcards: task_of(wildcards).images
-        if wildcards.source == "hr"
-        else [],
+        images=seen_photographs,
         annotations=lambda wildcards: task_of(wildcards).annotations,
         model=lambda wildcards: task_of(wildcards).model,
     output:
@@ -140,9 +149,7 @@ rule predict:
         gpu=num_gpus,
         device=cfg.device,
     params:
-        images=lambda wildcards, input: f"--images {input.images}"
-        if input.images
-        else "",
+        images=lambda wildcards, input: optional("--images", input.images),
         config=predict_job,
         version=versions.PREDICT,
     shell:

@@ -47,8 +47,10 @@ def count(predicted: Labels, annotated: Labels) -> str:
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     height, width = predicted.shape
-    both = [torch.from_numpy(np.ascontiguousarray(labels)) for labels in (predicted, annotated[:height, :width])]
-    matrix = multiclass_confusion_matrix(*both, num_classes=CLASSES, ignore_index=IGNORED).numpy()
+    found, wanted = (
+        torch.from_numpy(np.ascontiguousarray(labels)) for labels in (predicted, annotated[:height, :width])
+    )
+    matrix = multiclass_confusion_matrix(found, wanted, num_classes=CLASSES, ignore_index=IGNORED).numpy()
     table = np.stack([np.arange(CLASSES), np.diagonal(matrix), matrix.sum(axis=0), matrix.sum(axis=1)], axis=1)
     return json.dumps(table[table[:, 2:].sum(axis=1) > 0].tolist())
 

@@ -1,8 +1,8 @@
 """COCO: instances in JSON as published, and average precision of boxes by pycocotools.
 
 Resampled photographs count by weight. pycocotools matches boxes once; precision is then summed up from its matches, the
-same way but weighted: with all weights 1 the figures are those of pycocotools itself, and other whole weights give those
-of a benchmark in which a photograph stands so often.
+same way but weighted: with all weights 1 the figures are those of pycocotools itself, and whole weights give those of a
+benchmark in which a photograph stands so often.
 """
 
 import contextlib

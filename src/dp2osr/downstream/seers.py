@@ -39,7 +39,7 @@ def load(kind: str, model: Path, *, architecture: str, annotations: Path, device
     if not model.is_dir():
         raise UserError(f"{kind} model {model}: wanted a folder in transformers' layout")
     kinds: dict[str, Any] = {"detection": Detector, "segmentation": Segmenter, "text": TextDetector}
-    return kinds[kind](model, annotations, device)  # type: ignore[no-any-return]
+    return kinds[kind](model, annotations, device)
 
 
 class TorchvisionDetector:
@@ -73,7 +73,7 @@ class TorchvisionDetector:
 def read_state(file: Path) -> dict[str, torch.Tensor]:
     """Read a plain state dict, tensors alone; raises UserError naming the file."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what is wrong with the file
         raise UserError(f"detection model {file}: no readable state dict ({_first_line(error)})") from None
 
@@ -116,7 +116,7 @@ class Detector:
         size = torch.tensor([image.shape[:2]], device=self.device)
         outputs = self.model(pixel_values=pixels)
         found = self.processor.post_process_object_detection(outputs, target_sizes=size, **options)
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def see(self, image: Pixels, annotation: Path | None) -> str:
         """Return the boxes of an image, unsure ones too: average precision weighs them."""
