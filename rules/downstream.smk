@@ -97,7 +97,7 @@ rule restore:
     threads: 2
     resources:
         mem_mb=growing(16000),
-        runtime=lambda wildcards, attempt: cfg.limits.longest_min,
+        runtime=cfg.limits.longest_min,  # how many tiles there are is known when it runs
         gpu=num_gpus,
         device=cfg.device,
     params:

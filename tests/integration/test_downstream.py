@@ -98,21 +98,29 @@ def test_from_photographs_to_figures(tmp_path: Path, settings: config.Config, ki
     assert len(known) and known.between(0, 1).all()
 
 
-def test_what_the_model_sees(tmp_path: Path, settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the list that images go to instead of a model, which finds nothing in them."""
+    seen: list[Any] = []
+    spy = type("Spy", (), {"see": lambda self, image, _: seen.append(image) or "[]"})()
+    monkeypatch.setattr("dp2osr.downstream.seers.load", lambda *_, **__: spy)
+    return seen
+
+
+def test_what_the_model_sees(
+    tmp_path: Path, settings: config.Config, monkeypatch: pytest.MonkeyPatch, spied: list[Any]
+) -> None:
     """HR cut to whole LR pixels, LR enlarged by bicubic: all sources have one size and their upper left corner."""
     monkeypatch.setattr(tiny, "SIZE", (95, 74))
     task = Task(tmp_path, "text", settings)
-    seen = []
-    spy = type("Spy", (), {"see": lambda self, image, _: seen.append(image) or "[]"})()
-    monkeypatch.setattr("dp2osr.downstream.seers.load", lambda *_, **__: spy)
     task.make_lr()
     task.predict("hr", task.lr, "--images", str(task.images))
     task.predict("lr", task.lr)
-    assert [image.shape for image in seen] == [(72, 92, 3)] * 4
+    assert [image.shape for image in spied] == [(72, 92, 3)] * 4
     whole = images.decode((task.images / "img_1.png").read_bytes(), max_pixels=10**6)
-    assert np.array_equal(seen[0], whole[:72, :92])
+    assert np.array_equal(spied[0], whole[:72, :92])
     lr = shards.decode_image(dict(shards.read_shard(task.lr))["000000"]["lr.png"])
-    assert np.array_equal(seen[2], shards.to_uint8(sampling.images_control(lr[None], 4)[0]))
+    assert np.array_equal(spied[2], shards.to_uint8(sampling.images_control(lr[None], 4)[0]))
 
 
 def test_a_killed_job_goes_on(tmp_path: Path, settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +146,7 @@ def test_a_killed_job_goes_on(tmp_path: Path, settings: config.Config, monkeypat
     assert not (tmp_path / "killed.tar.parts").exists()
 
 
-def test_a_photograph_that_cannot_be_used_is_a_row(tmp_path: Path, settings: config.Config) -> None:
+def test_a_photograph_that_cannot_be_used_is_a_row(tmp_path: Path, settings: config.Config, spied: list[Any]) -> None:
     task = Task(tmp_path, "text", settings)
     path = task.images / "img_2.png"
     path.write_bytes(path.read_bytes()[:200])
@@ -150,6 +158,7 @@ def test_a_photograph_that_cannot_be_used_is_a_row(tmp_path: Path, settings: con
     rows = tables.read(tmp_path / "base.parquet", tables.PREDICTIONS).set_index("image_id")
     assert rows["status"].tolist() == ["ok", "rejected"]
     assert rows.loc["img_2", "reason"].startswith("unreadable")
+    assert len(spied) == 3  # the one photograph in each source
     found = task.compare(*named)
     assert (found["num_images"] == 1).all() and (found["num_rejected"] == 1).all()
 

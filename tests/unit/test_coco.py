@@ -80,7 +80,7 @@ def random_benchmark(path: Path) -> list[list[list[float]]]:
         each = [box | {"category_id": int(rng.integers(1, 4)), "iscrowd": int(rng.random() < 0.2)} for box in each]
         boxes.append(each)
         near = [(np.array(box["bbox"]) + rng.integers(-6, 7, 4)).clip(1).tolist() for box in each + each]
-        scores = rng.choice(10, len(near)) / 10  # with ties
+        scores = rng.random(len(near))  # equal ones would stand in an order of their own in each repetition
         found.append([[*box, float(score), int(rng.integers(1, 4))] for box, score in zip(near, scores, strict=True)])
         for row, box in zip(found[-1], each, strict=False):
             row[5] = box["category_id"]

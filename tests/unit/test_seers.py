@@ -44,10 +44,10 @@ def test_a_detector_of_transformers(tmp_path: Path, coco: tuple[Path, Path]) -> 
     raw = seer.found(image, threshold=0.0)
     assert len(boxes) == len(raw["scores"]) == 5  # one a query, unsure ones too
     left, top, right, bottom = raw["boxes"][0].tolist()
-    assert boxes[0][:4] == pytest.approx([left, top, right - left, bottom - top], abs=1e-4)
+    assert boxes[0][:4] == pytest.approx([left, top, right - left, bottom - top], abs=1e-3)
     assert 0 < right <= tiny.SIZE[0] and 0 < bottom <= tiny.SIZE[1]
     wanted = tiny.coco_categories()[int(raw["labels"][0])]["id"]
-    assert boxes[0][4:] == [pytest.approx(float(raw["scores"][0]), abs=1e-4), wanted]
+    assert boxes[0][4:] == [float(raw["scores"][0]), wanted]
 
 
 def test_a_detector_for_other_classes(tmp_path: Path, coco: tuple[Path, Path]) -> None:

@@ -2,7 +2,7 @@
 
 Resampled photographs count by weight. pycocotools matches boxes once; precision is then summed up from its matches, the
 same way but weighted: with all weights 1 the figures are those of pycocotools itself, and whole weights give those of a
-benchmark in which a photograph stands so often.
+benchmark in which a photograph stands so often (but for boxes of equal score, whose order is anybody's).
 """
 
 import contextlib

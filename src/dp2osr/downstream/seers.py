@@ -167,8 +167,8 @@ def boxes_json(found: dict[str, torch.Tensor], categories: dict[int, int]) -> st
     """Return the JSON of [x, y, width, height, score, category id] of each box whose label is a category."""
     rows = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
     boxes = [
-        [left, top, right - left, bottom - top, score, categories[label]]
+        [*(round(side, 3) for side in (left, top, right - left, bottom - top)), score, categories[label]]
         for (left, top, right, bottom), score, label in rows
         if label in categories
     ]
-    return json.dumps([[round(value, 5) for value in box] for box in boxes])
+    return json.dumps(boxes)

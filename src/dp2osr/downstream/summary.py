@@ -67,22 +67,49 @@ def summarise(
     num_images = int((status == "ok").sum())
     used = {name: rows[rows["status"] == "ok"].sort_values(["rollout", "image_id"]) for name, rows in sources.items()}
     known = {name: measures(kind, rows, annotations) for name, rows in used.items()}
-    drawn = draw(num_images, bootstrap)
-    values = {name: np.array([list(one(np.ones(num_images)).values()) for one in each]) for name, each in known.items()}
-    resampled = {name: np.array([_mean(each, weights) for weights in drawn]) for name, each in known.items()}
+    figures = {name: evaluate(each, draw(num_images, bootstrap)) for name, each in known.items()}
     statistics = list(known[reference][0](np.ones(num_images)))
-    frames = []
-    for name, by_seed in values.items():
-        value, base = by_seed.mean(axis=0), values[reference].mean(axis=0)
-        low, high = interval(resampled[name], bootstrap)
-        ci_low, ci_high = interval(resampled[name] - resampled[reference], bootstrap)
-        columns = {"statistic": statistics, "value": value, "value_low": low, "value_high": high}
-        columns["seed_std"] = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else np.nan
-        columns |= {"reference": base, "difference": value - base, "ci_low": ci_low, "ci_high": ci_high}
-        frames.append(pd.DataFrame({"source": name, **columns, "num_seeds": len(by_seed)}))
-    table = pd.concat(frames, ignore_index=True)
+    frames = [
+        pd.DataFrame({"source": name, "statistic": statistics, **compare(found, figures[reference], bootstrap)})
+        for name, found in figures.items()
+    ]
     counts = {"num_images": num_images, "num_rejected": len(status) - num_images}
-    return table.assign(higher_better=True, **counts).astype(dict.fromkeys([*counts, "num_seeds"], "int32"))
+    table = pd.concat(frames, ignore_index=True).assign(higher_better=True, **counts)
+    return table.astype(dict.fromkeys([*counts, "num_seeds"], "int32"))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a source: of each seed (seeds, S), and of each resample, mean over seeds (B, S)."""
+
+    seeds: Floats
+    resampled: Floats
+
+
+def evaluate(each: Sequence[Measure], drawn: Floats) -> Figures:
+    """Return the figures of a source by the measures of its seeds, on all photographs and on those drawn (B, I)."""
+    whole = np.ones(drawn.shape[1])
+    by_seed = np.array([list(measure(whole).values()) for measure in each])
+    resampled = [np.mean([list(measure(weights).values()) for measure in each], axis=0) for weights in drawn]
+    return Figures(by_seed, np.array(resampled))
+
+
+def compare(found: Figures, reference: Figures, bootstrap: Bootstrap) -> dict[str, object]:
+    """Return columns of tables.DOWNSTREAM, a row a statistic."""
+    value, base = found.seeds.mean(axis=0), reference.seeds.mean(axis=0)
+    low, high = interval(found.resampled, bootstrap)
+    ci_low, ci_high = interval(found.resampled - reference.resampled, bootstrap)
+    return {
+        "value": value,
+        "value_low": low,
+        "value_high": high,
+        "seed_std": found.seeds.std(axis=0, ddof=1) if len(found.seeds) > 1 else np.nan,
+        "reference": base,
+        "difference": value - base,
+        "ci_low": ci_low,
+        "ci_high": ci_high,
+        "num_seeds": len(found.seeds),
+    }
 
 
 def draw(num_images: int, bootstrap: Bootstrap) -> Floats:
@@ -98,7 +125,3 @@ def interval(values: Floats, bootstrap: Bootstrap) -> tuple[Floats, Floats]:
     some = np.isfinite(values).any(axis=0)
     ends[:, some] = np.nanquantile(values[:, some], [tail, 1 - tail], axis=0)
     return ends[0], ends[1]
-
-
-def _mean(each: Sequence[Measure], weights: Floats) -> Floats:
-    return np.mean([list(one(weights).values()) for one in each], axis=0)
