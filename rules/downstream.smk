@@ -81,11 +81,19 @@ def restore_job(wildcards):
     )
 
 
+def describer_files(wildcards):
+    """The files of the model that describes the LR images; those of the weights cache are no input."""
+    prompt = cfg.datasets[task_of(wildcards).dataset].prompt
+    files = config_checks.prompt_files(prompt).values()
+    return [path for path in files if path and not path.startswith("hub:")]
+
+
 rule restore:
     input:
         lr=f"{R}/downstream/{{task}}/lr/shard-{{shard}}.tar",
         control=lambda wildcards: control_input(wildcards.source),
         model=lambda wildcards: model_input(wildcards.source),
+        describer=describer_files,
     output:
         restored=f"{R}/downstream/{{task}}/{{source}}/restored/shard-{{shard}}.tar",
     log:

@@ -31,14 +31,6 @@ class DownstreamJob(Strict):
     seed: int
 
 
-def named_path(text: str) -> tuple[str, Path]:
-    """Parse NAME=PATH."""
-    name, sign, path = text.partition("=")
-    if not (name and sign and path):
-        raise argparse.ArgumentTypeError(f"found '{text}', wanted NAME=PATH")
-    return name, Path(path)
-
-
 def read(named: Sequence[tuple[str, Path]], reference: str) -> "dict[str, pd.DataFrame]":
     """Read the shards of each source's predictions."""
     paths = defaultdict(list)
@@ -57,14 +49,7 @@ def log_figures(table: "pd.DataFrame") -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: tables of predictions in, the table of figures out."""
-    parser = stage.parser(__doc__)
-    parser.add_argument(
-        "--predictions", type=named_path, nargs="+", required=True, metavar="SOURCE=PATH", help="tables, by source"
-    )
-    parser.add_argument("--annotations", type=Path, required=True, help="the benchmark's JSON, or folder")
-    parser.add_argument("--table", type=Path, required=True, help="table to write (parquet); a CSV lies beside it")
-    stage.config_arg(parser, DownstreamJob)
-    args = stage.parse_args(parser, argv)
+    args = parse_args(argv)
     from dp2osr.downstream import summary
 
     job: DownstreamJob = args.config
@@ -75,6 +60,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     csv = table.sort_values(tables.keys(tables.DOWNSTREAM))[tables.DOWNSTREAM.names].to_csv(index=False)
     resume.write_bytes(args.table.with_suffix(".csv"), csv.encode())
     tables.write(table, args.table, tables.DOWNSTREAM)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    from dp2osr.report.inputs import named_path
+
+    parser = stage.parser(__doc__)
+    parser.add_argument(
+        "--predictions", type=named_path, nargs="+", required=True, metavar="SOURCE=PATH", help="tables, by source"
+    )
+    parser.add_argument("--annotations", type=Path, required=True, help="the benchmark's JSON, or folder")
+    parser.add_argument("--table", type=Path, required=True, help="table to write (parquet); a CSV lies beside it")
+    stage.config_arg(parser, DownstreamJob)
+    return stage.parse_args(parser, argv)
 
 
 if __name__ == "__main__":
