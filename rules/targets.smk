@@ -31,6 +31,7 @@ localrules:
     evaluation,
     figures,
     explorer,
+    downstream,
     prune,
 
 
@@ -71,3 +72,20 @@ rule figures:
 rule explorer:
     input:
         explored(),
+
+
+def each_benchmark(wildcards):
+    if not cfg.downstream:
+        raise WorkflowError(
+            "config: downstream: no benchmark is named there, so there is nothing to do; see docs/downstream.md"
+        )
+    return [
+        f"{R}/runs/{run}/downstream/{task}.parquet"
+        for run in cfg.runs
+        for task in cfg.downstream
+    ]
+
+
+rule downstream:
+    input:
+        each_benchmark,

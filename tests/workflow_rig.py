@@ -24,7 +24,9 @@ FULL_SCALE: dict[str, Any] = {
     "rollout": {"rollouts_per_block": 16},
 }
 CORES = len(os.sched_getaffinity(0))
-TARGETS = frozenset({"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "explorer", "prune"})
+TARGETS = frozenset(
+    {"all", "rollouts", "rewards", "pairs", "policy", "evaluation", "figures", "explorer", "downstream", "prune"}
+)
 
 # What a run may write differently each time: wall clock, and what names the machine or the moment.
 VOLATILE = re.compile(

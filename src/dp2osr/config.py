@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from dp2osr import config_checks
 from dp2osr.config_datasets import LrSettings, PublishedSettings, check_dataset
 from dp2osr.config_degradation import DegradationSettings
+from dp2osr.config_downstream import DownstreamSettings
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Name, Probability, Strict, parse
 
@@ -331,6 +332,7 @@ class Config(Strict):
     evaluate: EvaluateSettings
     report: ReportSettings
     explorer: ExplorerSettings
+    downstream: dict[Name, DownstreamSettings]
     pretrain: PretrainSettings
 
     def root_policy(self, name: str) -> str:
@@ -373,12 +375,13 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Give each named dataset, policy and run what it leaves out from the `*_defaults` section."""
+    """Give each named dataset, policy, run and benchmark what it leaves out from the `*_defaults` section."""
     filled = dict(raw)
     for plural, defaults in (
         ("datasets", "dataset_defaults"),
         ("policies", "policy_defaults"),
         ("runs", "run_defaults"),
+        ("downstream", "downstream_defaults"),
     ):
         base = filled.pop(defaults, {})
         named = filled.get(plural) or {}

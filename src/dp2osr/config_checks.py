@@ -1,16 +1,17 @@
 """What one section of the configuration says of another: names exist, N fits M, metrics are scored, no circles."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp2osr import config_datasets, metrics, published, weights
+from dp2osr import config_datasets, config_downstream, metrics, published, weights
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
     from dp2osr.config import Config, PolicySettings, PromptSettings, RunSettings, TrainSettings
 
-RESERVED = frozenset({"benchmarks", "logs", "pretrain", "report", "runs"})
+RESERVED = frozenset({"benchmarks", "downstream", "logs", "pretrain", "report", "runs"})
 PROMPT_FILES = {
     "tags.ram": "RAM's weights (ram_swin_large_14m.pth)",
     "tags.dape": "DAPE's weights (DAPE.pth), or an empty one",
@@ -71,6 +72,7 @@ def check_references(config: "Config") -> None:
         for name, there in getattr(config.report.published, kind).items():
             known(f"report.published.{kind}", name, named)
             known(f"report.published.{kind}.{name}", there, published.names(kind))
+    _check_downstream(config, models)
     weights.needs(config)  # stops at a `hub:` name that is none
 
 
@@ -116,6 +118,48 @@ def check_prompt_files(config: "Config") -> None:
             if path and not path.startswith("hub:") and not Path(path).exists():
                 key = f"datasets.{name}.prompt.{part}"
                 raise UserError(f"config: {key}: '{path}' does not exist, wanted {PROMPT_FILES[part]}")
+
+
+def _check_downstream(config: "Config", models: set[str]) -> None:
+    for name, task in config.downstream.items():
+        known(f"downstream.{name}.dataset", task.dataset, config.datasets)
+        if taken := models & set(config_downstream.SOURCES):
+            raise UserError(
+                f"config: downstream.{name}: the policy or run '{sorted(taken)[0]}' has the name of a source "
+                f"({', '.join(config_downstream.SOURCES)}); wanted another name for it"
+            )
+        if task.architecture and task.kind != "detection":
+            raise UserError(
+                f"config: downstream.{name}.architecture: found '{task.architecture}' with kind {task.kind}; wanted "
+                "an empty one, and in `model` a folder in transformers' layout"
+            )
+        if config.datasets[task.dataset].prompt.source == "table":
+            raise UserError(
+                f"config: downstream.{name}.dataset: the prompts of '{task.dataset}' are from a table, which does not "
+                "know the benchmark's photographs; wanted a data set with prompt.source none, text, tags or caption"
+            )
+
+
+def check_downstream_files(config: "Config") -> None:
+    """Check that what benchmarks need is there, packages too: for a workflow, not where it is only planned."""
+    for name, task in config.downstream.items():
+        wanted = {"images": "the folder of photographs", "annotations": "the annotations", "model": "a model"}
+        for key, what in (wanted | ({"lr": "the folder of LR images"} if task.lr else {})).items():
+            path = getattr(task, key)
+            if not path or not Path(path).exists():
+                found = f"'{path}' does not exist" if path else "found ''"
+                raise UserError(f"config: downstream.{name}.{key}: {found}, wanted {what}")
+        need_extra(task.kind)
+
+
+def need_extra(kind: str) -> None:
+    """Raise UserError where the package that measures a kind of benchmark is not installed."""
+    package = config_downstream.EXTRA.get(kind)
+    if package and find_spec(package) is None:
+        raise UserError(
+            f"downstream benchmarks of kind {kind} need the package {package}, which is not installed; "
+            "wanted the extra `downstream`: pip install 'dp2o-sr[downstream]'"
+        )
 
 
 def _check_run(config: "Config", name: str, run: "RunSettings", models: set[str]) -> None:

@@ -158,6 +158,46 @@ EVALUATION = _schema(
     _column("num_photos", _INT, "photographs: the units of the bootstrap"),
 )
 
+PREDICTIONS = _schema(
+    "predictions",
+    ["image_id", "rollout"],
+    _column("image_id", _TEXT, "photograph of a downstream benchmark: its file's name without suffix"),
+    _column("rollout", _INT, "number of the restoration; 0 for hr and lr"),
+    _column("status", _TEXT, "ok or rejected; a rejected photograph counts for no source"),
+    _column("reason", _TEXT, "why it is not used; empty where ok"),
+    _column(
+        "prediction",
+        _TEXT,
+        "JSON. detection: [x, y, width, height, score, category id] of each box, px; text: the four corners of each "
+        "box, px; segmentation: class, pixels right, predicted and annotated of each class that occurs",
+    ),
+)
+
+DOWNSTREAM = _schema(
+    "downstream",
+    ["source", "statistic"],
+    _column("source", _TEXT, "what the model saw: hr, lr (enlarged by bicubic), the reference, the run's policy"),
+    _column(
+        "statistic",
+        _TEXT,
+        "ap, ap50, ap75, ap_small, ap_medium, ap_large; miou, pixel_accuracy, mean_accuracy; "
+        "precision, recall, hmean. Higher is better",
+        span="[0, 1]",
+    ),
+    _column("value", _FLOAT, "over the whole benchmark, mean over seeds; NaN where nothing is annotated"),
+    _column("value_low", _FLOAT, "lower end of the value's bootstrap interval over photographs"),
+    _column("value_high", _FLOAT, "upper end of the value's bootstrap interval over photographs"),
+    _column("seed_std", _FLOAT, "standard deviation of the value between seeds; NaN with one seed"),
+    _column("reference", _FLOAT, "the reference's value"),
+    _column("difference", _FLOAT, "value - reference"),
+    _column("ci_low", _FLOAT, "lower end of the difference's paired bootstrap interval over photographs"),
+    _column("ci_high", _FLOAT, "upper end of the difference's paired bootstrap interval over photographs"),
+    _column("higher_better", pa.bool_(), "direction of the statistic"),
+    _column("num_images", _INT, "photographs: the units of the bootstrap"),
+    _column("num_rejected", _INT, "photographs that could not be used"),
+    _column("num_seeds", _INT, "restorations of each photograph"),
+)
+
 
 def rewards_schema(metrics: Sequence[str]) -> pa.Schema:
     """Return the wide rewards schema for these metrics: raw score and normalised score of each."""

@@ -18,6 +18,7 @@ LIGHT = (
     "config_checks",
     "config_datasets",
     "config_degradation",
+    "config_downstream",
     "strict",
     "tables",
     "seeds",

@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from dp2osr.errors import UserError
+from dp2osr.models import folders
 from dp2osr.shards import to_uint8
-
-SAFE = {"local_files_only": True, "trust_remote_code": False}
-
-disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
 
 
 class Captioner:
@@ -66,9 +61,4 @@ class Captioner:
 
 
 def _load(kind: Any, folder: Path) -> Any:
-    """Load a part of a model from its folder, without the network and without code from it."""
-    try:
-        return kind.from_pretrained(folder, **SAFE)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"caption model {folder}: cannot be loaded ({first}); wanted transformers' layout") from None
+    return folders.load(kind, folder, what="caption model")
