@@ -75,7 +75,7 @@ def check(config: "Config") -> None:
                     f"{key}: found '{entry}', wanted an address without credentials, query or '::', since tables record"
                     " it (docs/storage.md: credentials come from the environment)"
                 )
-            if not parts.netloc or entry.endswith("/") or "*" in entry:
+            if not parts.netloc or entry.endswith("/") or re.search(r"[*{}]", expand(entry)[0]):
                 raise UserError(f"{key}: found '{entry}', wanted the address of one file, or of many as {{0000..0299}}")
             module = f"snakemake_storage_plugin_{plugin(entry)}"
             if find_spec(module) is None:

@@ -37,6 +37,7 @@ WRONG = {
     "s3://b/a::b.tar": "without credentials",
     "s3://b/folder/": "wanted the address of one file",
     "s3://b/*.tar": "wanted the address of one file",
+    "s3://b/{a,b}.tar": "wanted the address of one file",
     "s3:///x.tar": "wanted the address of one file",
 }
 
