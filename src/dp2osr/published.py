@@ -46,10 +46,11 @@ def _figure(line: dict[str, str], where: str) -> Figure:
     if empty := [name for name, text in line.items() if name != "std" and not text]:
         raise UserError(f"{where}: '{empty[0]}' is empty")
     try:
-        numbers = {"value": float(line["value"]), "std": float(line["std"]) if line["std"] else None}
+        value, std = float(line["value"]), float(line["std"]) if line["std"] else None
     except ValueError:
         raise UserError(f"{where}: value '{line['value']}', std '{line['std']}', wanted numbers") from None
-    return Figure(**{**line, **numbers})
+    words = {name: line[name] for name in ("dataset", "model", "metric", "statistic", "source")}
+    return Figure(**words, value=value, std=std)
 
 
 def means(dataset: str, model: str) -> dict[str, Figure]:

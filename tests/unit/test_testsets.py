@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dp2osr import cli, config, testsets
+from dp2osr import cli, config, published, testsets
 from dp2osr.errors import UserError
 
 SMALL = {"RealSR": (3, (512, 512)), "RealLQ250": (2, (256, 256)), "RealSet65": (2, None), "DIV2K-val": (2, None)}
@@ -157,3 +157,6 @@ def test_overlay_stands_on_the_models(root: Path, model: str) -> None:
     loaded = config.read(*(root / "config" / f"{name}.yaml" for name in ("config", model, "testsets")))
     assert loaded.runs["default"].tests == list(testsets.TESTED)
     assert loaded.datasets["RealLQ250"].prompt.source == "tags" and loaded.datasets["train"].crop == "random"
+    there = loaded.report.published
+    assert there.datasets == {"RealSR": "RealSR"} and there.policies["base"] == model.upper()
+    assert published.means("RealSR", there.policies["default"])["lpips"].value in (0.4045, 0.4024)

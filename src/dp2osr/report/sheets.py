@@ -135,15 +135,14 @@ def block(
     policy: Candidates,
 ) -> Block:
     """Build the tiles of one group from its sample (fields lr.png, hr.png if any) and the picked candidates."""
-    lr = _open(sample["lr.png"])
-    shown = [data for side in (reference, policy) for (group, _), data in side.items() if group == group_id]
-    size = _open(sample["hr.png"] if "hr.png" in sample else shown[0]).size if shown or "hr.png" in sample else lr.size
+    lr, hr = _open(sample["lr.png"]), _open(sample["hr.png"]) if "hr.png" in sample else None
+    shown = next((data for side in (reference, policy) for (group, _), data in side.items() if group == group_id), None)
+    size = hr.size if hr else _open(shown).size if shown else lr.size
+    original = Tile("source", "HR", "the original", hr) if hr else None
     sources = (
         Tile("source", "LR", f"{lr.width}×{lr.height} px, nearest", lr.resize(size, Image.Resampling.NEAREST)),
         Tile("source", "LR, bicubic", "what the model sees", lr.resize(size, Image.Resampling.BICUBIC)),
-        Tile("source", "HR", "the original", _open(sample["hr.png"]))
-        if "hr.png" in sample
-        else Tile("source", "no HR", "there is no original", Image.new("RGB", size, _EMPTY)),
+        original or Tile("source", "no HR", "there is no original", Image.new("RGB", size, _EMPTY)),
     )
     rows = []
     for first, line in zip(sources, picks, strict=True):

@@ -100,10 +100,10 @@ def given_rows(
     rows, partners: of tables.IMAGES, with status ok and partner.
     """
     scale = job.degradation.scale
-    known = partners.set_index("photo_id")[["source", "sha256"]]
+    known = partners.set_index("photo_id")
     if lacking := [photo for photo in rows["photo_id"] if photo not in known.index]:
         raise UserError(f"images: photograph {lacking[0]} has no row of its LR file; run ingest again")
-    files = {name: known.loc[rows["photo_id"], name].to_numpy() for name in known}
+    files = {name: known[name].loc[rows["photo_id"].tolist()].to_numpy() for name in ("source", "sha256")}
     places = {name: rows[name].to_numpy() // scale for name in ("crop_x", "crop_y", "crop_size")}
     lr_rows = rows.assign(**files, **places)
     how: dict[str, Any] = {"downscale": 1, "max_pixels": job.max_pixels, "copies": copies}

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=Path, required=True, help="scale table to write")
     args = stage.parse_args(parser, argv)
     job: RewardJob = args.config
+    if not job.reward.fr:
+        LOG.info("no full-reference metric in the definition: the reward is its no-reference part alone")
     paths = score_paths(args.scores, job)
     origins: dict[str, str] = {}
     scores = read_scores(stage.progress(paths, len(paths), "score tables", LOG), origins)
