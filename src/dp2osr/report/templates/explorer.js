@@ -50,7 +50,11 @@
   }
 
   const pageOf = remember(KEPT_PAGES, (key) => load(`data/${key}.js`, key));
-  const iconsOf = remember(500, (key) => load(`data/${key}/small.js`, `${key}/small`).then(opened), (icons) => URL.revokeObjectURL(icons.url));
+  const iconsOf = remember(
+    500,
+    (key) => load(`data/${key}/small.js`, `${key}/small`).then(opened),
+    (icons) => URL.revokeObjectURL(icons.url),
+  );
 
   /** A sprite sheet with an address for its image, which must be revoked. */
   function opened(sprite) {
@@ -140,7 +144,8 @@
     find("back").disabled = first === 0;
     find("next").disabled = first + size() >= order.length;
     const ends = shown.length ? `${first + 1}–${first + shown.length} of ` : "";
-    find("where").textContent = `${ends}${order.length.toLocaleString("en")} found of ${texts.length.toLocaleString("en")}`;
+    const [found, all] = [order.length, texts.length].map((count) => count.toLocaleString("en"));
+    find("where").textContent = `${ends}${found} found of ${all}`;
   }
 
   function row(at) {
@@ -148,15 +153,31 @@
     const icon = make("span", { class: "image icon" });
     const shard = `shard-${groups.shard[at]}`;
     const place = groups.place[at];
-    iconsOf(shard).then((icons) => icon.replaceWith(Object.assign(picture(icons, place, 48, ""), { className: "image icon" })), () => {});
-    const facts = `std ${number(groups.spread[at], 3)} · FR−NR ${number(groups.fr_over_nr[at], 2)} · NR−FR ${number(groups.nr_over_fr[at], 2)} · ρ ${number(groups.rho[at], 2)}`;
+    const arrive = (icons) => {
+      const found = picture(icons, place, 48, "");
+      found.classList.add("icon");
+      icon.replaceWith(found);
+    };
+    iconsOf(shard).then(arrive, () => {}); // a row without its picture still says which image it is
+    const facts = [
+      `std ${number(groups.spread[at], 3)}`,
+      `FR−NR ${number(groups.fr_over_nr[at], 2)}`,
+      `NR−FR ${number(groups.nr_over_fr[at], 2)}`,
+      `ρ ${number(groups.rho[at], 2)}`,
+    ].join(" · ");
     const name = groups.source[at] || groups.id[at];
     return make(
       "li",
       {},
       make(
         "button",
-        { type: "button", "data-at": at, "aria-current": String(at === current), title: `${name} ${groups.id[at]}`, onclick: () => open(at) },
+        {
+          type: "button",
+          "data-at": at,
+          "aria-current": String(at === current),
+          title: `${name} ${groups.id[at]}`,
+          onclick: () => open(at),
+        },
         icon,
         make("span", { class: "name" }, name),
         make("span", { class: "facts" }, facts),
@@ -178,7 +199,9 @@
 
   async function show(at) {
     current = at;
-    for (const button of find("list").querySelectorAll("button")) button.setAttribute("aria-current", String(Number(button.dataset.at) === at));
+    for (const button of find("list").querySelectorAll("button")) {
+      button.setAttribute("aria-current", String(Number(button.dataset.at) === at));
+    }
     const groups = data.groups;
     const key = `shard-${groups.shard[at]}/page-${String(groups.page[at]).padStart(3, "0")}`;
     notice(`Loading ${key} …`);
@@ -230,12 +253,25 @@
     return kept.sort((a, b) => last(a) - last(b) || shown.group.rollout[a] - shown.group.rollout[b]);
   }
 
-  const ORDERS = [["reward", "reward"], ["fr", "FR part"], ["nr", "NR part"], ["fr_over_nr", "FR − NR: FR likes, NR does not"], ["nr_over_fr", "NR − FR: NR likes, FR does not"], ["rollout", "rollout (seed)"]];
+  const ORDERS = [
+    ["reward", "reward"],
+    ["fr", "FR part"],
+    ["nr", "NR part"],
+    ["fr_over_nr", "FR − NR: FR likes, NR does not"],
+    ["nr_over_fr", "NR − FR: NR likes, FR does not"],
+    ["rollout", "rollout (seed)"],
+  ];
+  const SIDES = [["", "all candidates"], ["winner", "winners"], ["loser", "losers"]];
 
   function select(id, label, options, chosen, onchange) {
-    const nodes = options.map(([name, text]) => make("option", { value: name, selected: name === chosen ? "" : false }, text));
+    const option = ([name, text]) => make("option", { value: name, selected: name === chosen ? "" : false }, text);
+    const nodes = options.map(option);
     return make("label", {}, label, make("select", { id, onchange }, ...nodes));
   }
+
+  const NOTE =
+    "Raw, and below it normalised within the group: 0 is the group's worst, 1 its best, whatever the metric's " +
+    "direction. Metrics in italics are held out of the reward.";
 
   function draw() {
     const { group } = shown;
@@ -245,21 +281,29 @@
     const side = find("side")?.value ?? "";
     const metrics = data.metrics.map((each) => [each.name, `${each.name} ${each.arrow}, best first`]);
     const tools = make("div", { class: "tools" });
-    tools.append(select("by", "sort candidates by", [...ORDERS, ...metrics], sorting.by, (event) => sort(event.target.value)));
+    const by = [...ORDERS, ...metrics];
+    tools.append(select("by", "sort candidates by", by, sorting.by, (event) => sort(event.target.value)));
     if (runs.length) {
-      tools.append(select("run", "winners and losers of run", runs.map((name) => [name, name]), run, refresh));
-      tools.append(select("side", "show", [["", "all candidates"], ["winner", "winners"], ["loser", "losers"]], side, refresh));
+      const named = runs.map((name) => [name, name]);
+      tools.append(select("run", "winners and losers of run", named, run, refresh));
+      tools.append(select("side", "show", SIDES, side, refresh));
     }
     const missing = groups.missing[shown.at];
-    const facts = `${group.rollout.length} candidates · std of the reward ${number(groups.spread[shown.at], 3)} · rank correlation of FR and NR ${number(groups.rho[shown.at], 2)}${missing ? ` · ${missing} without a reward` : ""}`;
+    const facts = [
+      group.id,
+      `${group.rollout.length} candidates`,
+      `std of the reward ${number(groups.spread[shown.at], 3)}`,
+      `rank correlation of FR and NR ${number(groups.rho[shown.at], 2)}`,
+      ...(missing ? [`${missing} without a reward`] : []),
+    ].join(" · ");
     find("group").replaceChildren(
       make("h2", {}, groups.source[shown.at] || group.id),
-      make("p", { class: "note" }, `${group.id} · ${facts}`),
+      make("p", { class: "note" }, facts),
       make("div", { class: "large", id: "large" }),
       tools,
       make("div", { class: "cards", id: "cards", role: "group", "aria-label": "Candidates; arrow keys move" }),
       make("h3", {}, "Scores"),
-      make("p", { class: "note" }, "Raw, and below it normalised within the group: 0 is the group's worst, 1 its best, whatever the metric's direction. Metrics in italics are held out of the reward."),
+      make("p", { class: "note" }, NOTE),
       make("div", { class: "scroll" }, make("table", { class: "numbers", id: "numbers" })),
     );
     refresh();
@@ -282,11 +326,16 @@
     shown.selected = candidate;
     drawLarge();
     for (const node of document.querySelectorAll("[data-candidate]")) {
-      node.setAttribute(node.tagName === "TR" ? "aria-selected" : "aria-pressed", String(Number(node.dataset.candidate) === candidate));
+      const state = node.tagName === "TR" ? "aria-selected" : "aria-pressed";
+      node.setAttribute(state, String(Number(node.dataset.candidate) === candidate));
     }
   }
 
-  const said = (candidate) => `seed ${shown.group.rollout[candidate]}, ${shown.group.rank[candidate] < 0 ? "no rank" : `rank ${shown.group.rank[candidate]}`}, reward ${number(shown.group.reward[candidate], 3)}`;
+  function said(candidate) {
+    const { rollout, rank, reward } = shown.group;
+    const ranked = rank[candidate] < 0 ? "no rank" : `rank ${rank[candidate]}`;
+    return `seed ${rollout[candidate]}, ${ranked}, reward ${number(reward[candidate], 3)}`;
+  }
 
   function drawLarge() {
     const { sprite, best, selected } = shown;
@@ -296,9 +345,11 @@
     const width = find("large").clientWidth;
     const columns = width < 700 ? 2 : 4;
     const side = Math.min(LARGE, Math.floor(width / columns) - 12);
-    find("large").replaceChildren(
-      ...tiles.map(([title, note, tile]) => make("figure", {}, picture(sprite, tile, side, `${title}: ${note}`), make("figcaption", {}, make("b", {}, title), ` ${note}`))),
-    );
+    const figure = ([title, note, tile]) => {
+      const caption = make("figcaption", {}, make("b", {}, title), ` ${note}`);
+      return make("figure", {}, picture(sprite, tile, side, `${title}: ${note}`), caption);
+    };
+    find("large").replaceChildren(...tiles.map(figure));
   }
 
   function scale(kind, value) {
@@ -307,19 +358,32 @@
     return make("div", { class: `scale ${kind}` }, kind.toUpperCase(), bar);
   }
 
+  /** A line of a card: something at either end. */
+  const line = (left, right) => make("div", { class: "line" }, make("span", {}, left), make("span", {}, right));
+
   const WORDS = { winner: "▲ winner", loser: "▼ loser", both: "▲▼ both", "": "" };
 
   function card(candidate) {
     const { group, sprite } = shown;
     const side = mark(candidate);
     const rank = group.rank[candidate];
-    const label = `${said(candidate)}, FR ${number(group.fr[candidate], 2)}, NR ${number(group.nr[candidate], 2)}${side ? `, ${side}` : ""}`;
+    const parts = [said(candidate), `FR ${number(group.fr[candidate], 2)}`, `NR ${number(group.nr[candidate], 2)}`];
+    const label = [...parts, ...(side ? [side] : [])].join(", ");
+    const place = `seed ${group.rollout[candidate]}`;
     return make(
       "button",
-      { type: "button", class: `card ${side}`, "data-candidate": candidate, "aria-pressed": String(candidate === shown.selected), "aria-label": label, title: group.status[group.rollout[candidate]] ?? label, onclick: () => choose(candidate) },
+      {
+        type: "button",
+        class: `card ${side}`,
+        "data-candidate": candidate,
+        "aria-pressed": String(candidate === shown.selected),
+        "aria-label": label,
+        title: group.status[group.rollout[candidate]] ?? label,
+        onclick: () => choose(candidate),
+      },
       picture(sprite, 2 + candidate, CARD, ""),
-      make("div", { class: "line" }, make("b", {}, number(group.reward[candidate], 3)), make("span", {}, rank < 0 ? "no reward" : `rank ${rank}`)),
-      make("div", { class: "line" }, make("span", {}, `seed ${group.rollout[candidate]}`), make("span", { class: `mark ${side}` }, WORDS[side])),
+      line(make("b", {}, number(group.reward[candidate], 3)), rank < 0 ? "no reward" : `rank ${rank}`),
+      line(place, make("span", { class: `mark ${side}` }, WORDS[side])),
       scale("fr", group.fr[candidate]),
       scale("nr", group.nr[candidate]),
     );
@@ -339,20 +403,28 @@
     };
     const arrow = active ? (falling ? " ▾" : " ▴") : "";
     const out = metric && !metric.in_reward;
-    return make("th", { scope: "col", "aria-sort": direction }, make("button", { type: "button", id: `head-${by}`, class: out ? "out" : "", onclick: again }, text + arrow));
+    const properties = { type: "button", id: `head-${by}`, class: out ? "out" : "", onclick: again };
+    return make("th", { scope: "col", "aria-sort": direction }, make("button", properties, text + arrow));
   }
 
   function tableOf() {
     const { group } = shown;
-    const heads = [head("rollout", "seed"), head("rank", "rank"), make("th", { class: "left" }, "pair"), head("reward", "reward"), head("fr", "FR"), head("nr", "NR")];
+    const heads = [head("rollout", "seed"), head("rank", "rank"), make("th", { class: "left" }, "pair")];
+    heads.push(head("reward", "reward"), head("fr", "FR"), head("nr", "NR"));
     heads.push(...data.metrics.map((each) => head(each.name, `${each.name} ${each.arrow}`, each)));
     const rows = shown.order.map((candidate) => {
       const side = mark(candidate);
-      const cells = [String(group.rollout[candidate]), group.rank[candidate] < 0 ? "–" : String(group.rank[candidate])];
-      const scores = data.metrics.map((_, at) => make("td", {}, number(group.raw[at][candidate]), make("small", {}, number(group.norm[at][candidate], 3))));
+      const rank = group.rank[candidate];
+      const cells = [String(group.rollout[candidate]), rank < 0 ? "–" : String(rank)];
+      const score = (_, at) => {
+        const norm = make("small", {}, number(group.norm[at][candidate], 3));
+        return make("td", {}, number(group.raw[at][candidate]), norm);
+      };
+      const scores = data.metrics.map(score);
+      const selected = String(candidate === shown.selected);
       return make(
         "tr",
-        { "data-candidate": candidate, "aria-selected": String(candidate === shown.selected), onclick: () => choose(candidate) },
+        { "data-candidate": candidate, "aria-selected": selected, onclick: () => choose(candidate) },
         ...cells.map((text) => make("td", {}, text)),
         make("td", { class: `left mark ${side}` }, WORDS[side]),
         ...["reward", "fr", "nr"].map((name) => make("td", {}, number(group[name][candidate], 4))),
