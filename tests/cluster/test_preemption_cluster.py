@@ -80,8 +80,12 @@ class Told:
         return process
 
     def _go_on(self, process: psutil.Process, timeout: float) -> None:
-        wait_for(lambda: pending(process), f"SIGTERM\n{self.workflow.queue()}", timeout)
-        process.send_signal(signal.SIGCONT)
+        def told() -> bool:
+            return "SIGTERM" in self.log() or pending(process)
+
+        wait_for(told, f"SIGTERM\n{self.workflow.queue()}", timeout)
+        with contextlib.suppress(psutil.NoSuchProcess):  # a preemption sends SIGCONT itself
+            process.send_signal(signal.SIGCONT)
         wait_for(lambda: "stopped by SIGTERM after" in self.log(), "the stage's last words", 60)
         self.kept = len(self.batches())
 
