@@ -36,7 +36,8 @@ def workflow(smallest: Workflow, tiny_model: Path, slurm: Slurm, tmp_path: Path)
 
 def pending(process: psutil.Process) -> bool:
     """Whether SIGTERM waits for a process that stands still."""
-    text = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status")
+    text = status.read_text() if status.exists() else ""
     masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", text, re.MULTILINE)
     return any(int(mask, 16) & 1 << (signal.SIGTERM - 1) for mask in masks)
 
