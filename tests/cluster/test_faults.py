@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 TRAIN, HOLDOUT = (f"results/{name}/base/candidates/shard-0000.block-000.tar" for name in ("train", "holdout"))
 SCORES = "results/holdout/bicubic/scores/light/shard-0000.block-000.parquet"
-MINUTES = ["--set-resources", "score:runtime=attempt", "score:slurm_extra='--signal=TERM@1'"]
+MINUTES = ["--set-resources", "score:runtime=attempt", "score:slurm_extra=''"]
 START_S = 200  # until a job's stage runs: seconds on an idle machine
 
 Left = Callable[..., ClusterWorkflow]

@@ -36,7 +36,8 @@ def workflow(smallest: Workflow, tiny_model: Path, slurm: Slurm, tmp_path: Path)
 
 def pending(process: psutil.Process) -> bool:
     """Whether SIGTERM waits for a process that stands still."""
-    text = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status")
+    text = status.read_text() if status.exists() else ""
     masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", text, re.MULTILINE)
     return any(int(mask, 16) & 1 << (signal.SIGTERM - 1) for mask in masks)
 
@@ -80,8 +81,12 @@ class Told:
         return process
 
     def _go_on(self, process: psutil.Process, timeout: float) -> None:
-        wait_for(lambda: pending(process), f"SIGTERM\n{self.workflow.queue()}", timeout)
-        process.send_signal(signal.SIGCONT)
+        def told() -> bool:
+            return "SIGTERM" in self.log() or pending(process)
+
+        wait_for(told, f"SIGTERM\n{self.workflow.queue()}", timeout)
+        with contextlib.suppress(psutil.NoSuchProcess):  # a preemption sends SIGCONT itself
+            process.send_signal(signal.SIGCONT)
         wait_for(lambda: "stopped by SIGTERM after" in self.log(), "the stage's last words", 60)
         self.kept = len(self.batches())
 

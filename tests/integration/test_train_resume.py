@@ -114,7 +114,7 @@ def test_two_processes_equal_one(undisturbed: Path, tiny_model: Path, tmp_path: 
     pd.testing.assert_frame_equal(found[1][columns], wanted[1][columns], rtol=0, atol=1e-5)
 
 
-PAIRS = {"batching": "pairs", "pairs_per_step": 4, "accumulation": 2, "beta": 50.0, "steps": 40, "learning_rate": 1e-4}
+PAIRS = {"batching": "pairs", "pairs_per_step": 4, "accumulation": 2, "beta": 50.0, "steps": 16, "learning_rate": 1e-4}
 
 
 def pairs_command(model: Path, folder: Path) -> list[str]:
@@ -145,7 +145,7 @@ def test_one_and_two_processes_go_on_from_each_other(tiny_model: Path, tmp_path:
     for name, processes in (("two", "2"), ("one", "1")):
         log = tmp_path / f"{name}.txt"
         process = start([*commands[name], "--processes", processes], log=log)
-        while "step 1 of 40" not in log.read_text() and process.poll() is None:
+        while "step 1 of 16" not in log.read_text() and process.poll() is None:
             time.sleep(0.01)
         process.terminate()
         assert process.wait(300) == 143
