@@ -24,6 +24,9 @@ LOG = logging.getLogger("iqa")
 # Largest temporary tensor in bytes. On the CPU, the allocator returns blocks of 32 MiB and more to the system at once,
 # and paging them in again costs several times the arithmetic.
 SCRATCH = {"cpu": 30 * 2**20, "cuda": 2**30}
+# On the CPU, torch unfolds all images of a float64 convolution at once (121 numbers a pixel for SSIM's window), past
+# the processor's cache: one by one is faster.
+UNFOLDING = ("ssim", "ms_ssim")
 # What libraries say, other than torch.OutOfMemoryError and MemoryError, where memory is short.
 OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "STATUS_ALLOC_FAILED")
 OVERWRITING = ("afine_fr", "afine_nr")  # pyiqa's A-FINE normalises the images it is given in place
@@ -66,7 +69,7 @@ class Scorer:
             self._min_size["niqe"] = max(self._min_size["niqe"], niqe_block)
         with _settings_kept():
             self._models = {name: _create(name, device, niqe, niqe_block) for name in self.names}
-        self._shared = {name: SharedHr(name, model) for name, model in self._models.items()}
+        self._shared = {name: SharedHr(model) for name, model in self._models.items()}
         self._limits: dict[tuple[str, int, int], int] = {}  # batches that memory allowed, by metric and image size
 
     @property
@@ -105,7 +108,8 @@ class Scorer:
     def micro_batch(self, name: str, height: int, width: int) -> int:
         """Return how many images of this size (pixels) go through `name` at once."""
         metric = METRICS[name]
-        if not metric.batch_safe:
+        unfolding = self.device.type == "cpu" and getattr(self._models[name], "metric_name", "") in UNFOLDING
+        if not metric.batch_safe or unfolding:
             return 1
         fitting = SCRATCH[self.device.type] // (metric.scratch * height * width)
         return max(1, min(self.batch_size, fitting, self._limits.get((name, height, width), self.batch_size)))

@@ -67,7 +67,8 @@ SIZES = 4  # image sizes whose constants are kept
 class SharedHr:
     """The functions of one metric, with a memory; without effect for a metric that is not in the tables above."""
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, model: Any) -> None:
+        name = getattr(model, "metric_name", "")  # pyiqa's, of whatever variant
         features, constants = FEATURES.get(name, ()), CONSTANTS.get(name, ())
         self._features = [(*_find(feature.place, model), feature.calls) for feature in features]
         self._kept = [Kept(getattr(owner, key), calls) for owner, key, calls in self._features]
