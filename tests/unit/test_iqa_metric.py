@@ -226,6 +226,16 @@ def test_scores_do_not_depend_on_the_batch(photos: list[torch.Tensor]) -> None:
         np.testing.assert_allclose(large[name], small[name], rtol=1e-6, atol=1e-7)
 
 
+def test_one_score_for_a_batch_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that averages over the batch is asked image by image; one that gives two scores an image fails."""
+    fake = Fake(RuntimeError())
+    monkeypatch.setattr(Fake, "__call__", lambda self, images, reference: images.mean()[None])
+    np.testing.assert_array_equal(run_fake(fake)[1], np.arange(7) / 8)
+    monkeypatch.setattr(Fake, "__call__", lambda self, images, reference: images.mean().repeat(2))
+    with pytest.raises(ScoringError, match="found 2 scores of 1 images"):
+        run_fake(fake)
+
+
 def test_threads_change_no_score(photos: list[torch.Tensor]) -> None:
     """Beyond the last digits of float32: sums over pixels are split among the threads."""
     hr = photos[3][None, :, :96, :96]

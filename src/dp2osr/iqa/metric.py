@@ -92,7 +92,6 @@ class Scorer:
         """
         beside = self._beside(candidates, hr)
         height, width = candidates.shape[-2:]
-        images = candidates.to(self.device, non_blocking=True)
         scores = {}
         with _settings_kept(), torch.inference_mode():
             for name in self.names:
@@ -100,7 +99,7 @@ class Scorer:
                     scores[name] = np.full(len(candidates), np.nan)
                     continue
                 start = time.perf_counter()
-                scores[name] = self._run(name, images, beside)
+                scores[name] = self._run(name, candidates, beside)
                 self.seconds[name] += time.perf_counter() - start
                 self.counts[name] += len(candidates)
         return scores
@@ -171,15 +170,8 @@ class Scorer:
 
     def _halve(self, name: str, images: torch.Tensor, reason: str) -> None:
         size, (height, width) = len(images) // 2, images.shape[-2:]
-        LOG.warning(
-            "%s: out of memory with %d images of %d x %d, going on with %d (%s)",
-            name,
-            len(images),
-            width,
-            height,
-            size,
-            reason,
-        )
+        many = f"{len(images)} images of {width} x {height}"
+        LOG.warning("%s: out of memory with %s, going on with %d (%s)", name, many, size, reason)
         self._limits[name, height, width] = size
         for shared in self._shared.values():
             shared.forget()
@@ -188,11 +180,14 @@ class Scorer:
 
     def _call(self, name: str, images: torch.Tensor, reference: torch.Tensor | None) -> np.ndarray:
         """Let pyiqa score a batch (B, 3, H, W) beside one HR image (1, 3, H, W)."""
+        images = images.to(self.device, non_blocking=True)
         given = [images] if reference is None else [images, reference.expand_as(images)]
         if name in OVERWRITING:
             given = [each.clone() for each in given]
         with self._shared[name].in_use():
             value = self._models[name](*given)
+        if value.numel() != len(images):
+            raise ValueError(f"found {value.numel()} scores of {len(images)} images")
         return value.detach().reshape(-1).double().cpu().numpy()
 
 
