@@ -3,7 +3,8 @@
 pyiqa's metrics call functions of one image for the candidates and for the HR image, in an order that repeats. FEATURES
 names those functions and the order. While a metric runs, each is replaced by itself with a memory: the HR image's
 result is kept from batch to batch, and is used again only where every argument is equal to the kept call's. So another
-HR image, another size or another order of calls in a later pyiqa costs time, never a wrong score.
+HR image, another size or another order of calls in a later pyiqa costs time, never a wrong score. Only the calls marked
+r trust what pyiqa does with them; a test holds it to that.
 
 The memory holds one HR image a function and call. An HR image is always computed alone, in a batch of one, so that no
 score depends on where a job began or went on.
@@ -117,9 +118,12 @@ class Kept:
         """Return what the function returns for these images."""
         call, self._count = self._count, self._count + 1
         whose = self._calls[call % len(self._calls)]
-        if whose != "h":
-            self._last = self._last if whose == "r" else self._function(*args, **options)
+        if whose == "r":
             return self._last
+        if whose == "c":
+            result = self._function(*args, **options)
+            self._last = result if "r" in self._calls else None
+            return result
         given, batch = (args, options), len(args[0][0] if isinstance(args[0], list) else args[0])
         known, result = self._memory.get(call, (None, None))
         if not _same(given, known):
