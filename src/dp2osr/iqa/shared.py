@@ -39,13 +39,13 @@ SSIM = (Feature("ssim_arch.filter2", "chchc"),)  # of X, Y, X², Y² and XY, at 
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "ssim": SSIM,
     "ms_ssim": SSIM,
-    "fsim": (Feature("fsim_arch._phase_congruency"),),
+    "fsim": (Feature("fsim_arch._phase_congruency"), Feature("fsim_arch.rgb2yiq")),
     "vif": (
         Feature("vif_arch.SteerablePyramidSpace"),
         Feature("net.corrDn_win", "hcchc"),
         Feature("net.refparams_vecgsm", "h"),
     ),
-    "vsi": (Feature("vsi_arch.sdsp"),),
+    "vsi": (Feature("vsi_arch.sdsp"), Feature("vsi_arch.rgb2lmn")),
     "gmsd": (Feature("gmsd_arch.to_y_channel"),),
     "nlpd": (Feature("net.pyramid"),),
     "mad": (Feature("mad_arch.gaborconvolve", "hc"), Feature("mad_arch.ical_stat", "hc")),
