@@ -265,8 +265,13 @@ def _photos(groups: npt.NDArray[np.object_], images: pd.DataFrame) -> npt.NDArra
 
 
 def _report(name: str, groups: npt.NDArray[np.object_], planes: Planes) -> None:
-    """Log the groups that a policy cannot be compared on."""
+    """Log the groups that a policy cannot be compared on, and the candidates that its statistics are without."""
     lacking = groups[~np.isfinite(planes.reward).any(axis=1)]
     if len(lacking):
         named = ", ".join(lacking[:5])
         logger.warning("policy %s: no reward in %d of %d groups: %s", name, len(lacking), len(groups), named)
+    for column, plane in planes.planes.items():
+        count = int((~np.isfinite(plane)).sum())
+        if count and (column == "reward" or column in METRICS):
+            what = (name, column, count, plane.size)
+            logger.warning("policy %s: no %s of %d of %d candidates; its statistics are of the others", *what)

@@ -1,26 +1,32 @@
-"""Time the batched Scorer against pyiqa called image by image: same scores, CPU seconds of each metric, the ratio.
+"""Time the Scorer against pyiqa called image by image: same scores, seconds of each metric, the ratio.
 
-Candidates are M noisy and blurred versions of photograph crops. One thread; CPU time, so that other work on the
-machine does not count. Run: python tests/benchmarks/scoring.py
+Candidates are M noisy and blurred versions of photograph crops. The two ways take turns within one run, and the table
+has the median of each and of their ratio, so that other work on the machine counts on both sides. On the CPU one
+thread, and CPU time. Run: python tests/benchmarks/scoring.py [--trained] [--size 256] [--device cuda]
 """
 
 import argparse
+import importlib.util
 import io
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dp2osr.images import load_builtin
-from dp2osr.iqa import niqe
+from dp2osr.iqa import niqe, pretrained
 from dp2osr.iqa.metric import Scorer
 from dp2osr.metrics import METRICS
 
 PHOTOS = ["pyiqa/I03", "pyiqa/I04", "skimage/coffee", "skimage/chelsea", "pyiqa/I08", "skimage/astronaut"]
 DEFAULT = ["fsim", "gmsd", "nlpd", "niqe", "psnr", "ssim", "piqe"]
+TRAINED = ["lpips", "topiq_fr", "afine_fr", "topiq_nr", "afine_nr", "musiq"]  # with random weights
 NIQE_BLOCK = 32  # pixels
 
 
@@ -40,65 +46,108 @@ def degrade(hr: torch.Tensor, count: int, generator: torch.Generator) -> torch.T
     return (hr * (1 - blend) + blurred * blend + sigma * noise).clamp(0, 1).mul(255).round().div(255)
 
 
-def plain_scores(name: str, images: torch.Tensor, hr: torch.Tensor, model: Path) -> tuple[np.ndarray, float]:
-    """Return pyiqa's scores (B,) image by image, and CPU seconds."""
-    import pyiqa
-
-    cpu = torch.device("cpu")
-    options = {"type": "BlockNIQE", "block_size": NIQE_BLOCK, "pretrained_model_path": str(model)}
-    metric = pyiqa.create_metric(name, device=cpu, **(options if name == "niqe" else {}))
-    full_reference = METRICS[name].kind == "fr"
-    pairs = list(zip(images.split(1), hr.split(1), strict=True))
-    metric(*pairs[0][: 1 + full_reference])
-    start = time.process_time()
-    scores = [float(metric(image, reference) if full_reference else metric(image)) for image, reference in pairs]
-    return np.array(scores), time.process_time() - start
+def random_weights() -> Any:
+    """Return tests/random_metrics.py."""
+    file = Path(__file__).resolve().parents[1] / "random_metrics.py"
+    spec = importlib.util.spec_from_file_location("random_metrics", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def batched_scores(
-    name: str, images: torch.Tensor, hr: torch.Tensor, model: Path, batch: int
-) -> tuple[np.ndarray, float]:
-    """Return the Scorer's scores (B,), and CPU seconds."""
-    scorer = Scorer([name], device=torch.device("cpu"), niqe=model, niqe_block=NIQE_BLOCK, batch_size=batch)
-    scorer.score(images[:1], hr[:1])
-    start = time.process_time()
-    scores = scorer.score(images, hr)[name]
-    return scores, time.process_time() - start
+def clock(device: torch.device) -> float:
+    """Return CPU seconds of this process, or the wall clock once the GPU has nothing left to do."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(function: Callable[[], np.ndarray], device: torch.device) -> tuple[np.ndarray, float]:
+    """Return what the function returns, and its seconds."""
+    start = clock(device)
+    found = function()
+    return found, clock(device) - start
+
+
+def plain(name: str, model: Any, images: torch.Tensor, hr: torch.Tensor, device: torch.device) -> np.ndarray:
+    """Return pyiqa's scores (B,), one image at a time from memory of the host."""
+    pairs = zip(images.split(1), hr.split(1), strict=True)
+    given = ([each.to(device, copy=True) for each in pair] for pair in pairs)
+    return np.array([float(model(*pair[: 1 + (METRICS[name].kind == "fr")])) for pair in given])
+
+
+def compare(
+    name: str, images: torch.Tensor, hr: torch.Tensor, args: argparse.Namespace, model: Path
+) -> tuple[list[float], list[float], float]:
+    """Return seconds of each repeat, one by one and by the Scorer, and the largest difference of scores.
+
+    The Scorer's own pyiqa model is called for both, so that they have the same weights.
+    """
+    device = torch.device(args.device)
+    judge = Scorer([name], device=device, niqe=model, niqe_block=NIQE_BLOCK, batch_size=args.batch_size)
+    other = torch.rand(2, *hr.shape[1:])
+    plain(name, judge._models[name], other, other, device)
+    slow, fast, difference = [], [], 0.0
+    for _ in range(args.repeats):
+        judge.score(other, other)  # another HR image: nothing of the last repeat is kept
+        single, seconds = timed(lambda: plain(name, judge._models[name], images, hr, device), device)
+        slow.append(seconds)
+        shared, seconds = timed(lambda: judge.score(images, hr)[name], device)
+        fast.append(seconds)
+        difference = max(difference, float(np.abs(single - shared).max()))
+    return slow, fast, difference
+
+
+def report(names: list[str], images: torch.Tensor, hr: torch.Tensor, args: argparse.Namespace, model: Path) -> None:
+    """Print a line a metric, the full-reference ones, and the whole."""
+    print(f"{'metric':10}{'one by one':>14}{'Scorer':>12}{'ratio':>8}{'max |difference|':>20}", flush=True)
+    totals: dict[str, list[np.ndarray]] = {"all": [], "all FR": []}
+    for name in names:
+        slow, fast, difference = compare(name, images, hr, args, model)
+        each = [f"{median(seconds) / len(images) * 1e3:.2f} ms" for seconds in (slow, fast)]
+        ratio = median(a / b for a, b in zip(slow, fast, strict=True))
+        print(f"{name:10}{each[0]:>14}{each[1]:>12}{ratio:>8.2f}{difference:>20.1e}", flush=True)
+        totals["all"].append(np.array([slow, fast]))
+        if METRICS[name].kind == "fr":
+            totals["all FR"].append(np.array([slow, fast]))
+    for label, parts in totals.items():
+        if parts:
+            slow, fast = np.sum(parts, axis=0)
+            print(f"{label:10}{median(slow):>12.2f} s{median(fast):>10.2f} s{median(slow / fast):>8.2f}")
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--groups", type=int, default=2, choices=range(1, len(PHOTOS) + 1))
+    parser.add_argument("--rollouts", type=int, default=16, help="candidates a group")
+    parser.add_argument("--size", type=int, default=96, help="pixels, at most 384")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--trained", action="store_true", help="true networks with random weights instead")
+    parser.add_argument("--metrics", nargs="+", choices=[*METRICS], metavar="NAME", help="instead of the default set")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Print a line a metric, and the whole."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=4, choices=range(1, len(PHOTOS) + 1))
-    parser.add_argument("--rollouts", type=int, default=16, help="candidates a group")
-    parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        default=DEFAULT,
-        choices=[n for n, metric in METRICS.items() if not metric.needs_weights],
-        metavar="NAME",
-    )
-    args = parser.parse_args()
+    """Make the images and print the table."""
+    args = parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     crops = torch.stack([crop(name, args.size) for name in PHOTOS[: args.groups]])
     images = torch.cat([degrade(hr, args.rollouts, generator) for hr in crops])
     hr = crops.repeat_interleave(args.rollouts, dim=0)
-    totals = np.zeros(2)
-    print(f"{len(images)} candidates of {args.groups} groups, {args.size} px, batch {args.batch_size}, one thread")
-    print(f"{'metric':10}{'one by one':>14}{'batched':>12}{'ratio':>8}{'max |difference|':>20}")
+    made = random_weights()
+    pretrained.create = lambda name, device, **_: made.create(name, device)
+    where = f"{args.device}, batch {args.batch_size}, median of {args.repeats}"
+    print(f"{args.rollouts} candidates of each of {args.groups} images at {args.size} px, {where}")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "niqe.mat"
         niqe.save(model, *niqe.fit(crops, block_size=NIQE_BLOCK, sharpness=0.0), block_size=NIQE_BLOCK)
-        for name in args.metrics:
-            plain, slow = plain_scores(name, images, hr, model)
-            batched, fast = batched_scores(name, images, hr, model, args.batch_size)
-            totals += (slow, fast)
-            each = [f"{seconds / len(images) * 1e3:.2f} ms" for seconds in (slow, fast)]
-            print(f"{name:10}{each[0]:>14}{each[1]:>12}{slow / fast:>8.2f}{np.abs(plain - batched).max():>20.1e}")
-    print(f"{'all':10}{totals[0]:>12.2f} s{totals[1]:>10.2f} s{totals[0] / totals[1]:>8.2f}")
+        report(args.metrics or (TRAINED if args.trained else DEFAULT), images, hr, args, model)
 
 
 if __name__ == "__main__":

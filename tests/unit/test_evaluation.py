@@ -180,6 +180,9 @@ def test_candidates_without_reward(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         table = run(base=base, tuned=tuned)
     assert "policy tuned: no reward in 1 of 24 groups" in caplog.text
+    assert f"policy tuned: no ssim of 1 of {24 * M} candidates; its statistics are of the others" in caplog.text
+    assert f"policy tuned: no reward of {M + 1} of {24 * M} candidates" in caplog.text
+    assert "policy base: no" not in caplog.text
     assert table.loc["tuned", "mean_at_m", 1]["num_groups"] == 23
     assert table.loc["tuned", "best_at_m", M]["num_groups"] == 22  # the last group has M - 1
     assert table.loc["tuned", "ssim", M]["num_groups"] == 24

@@ -98,3 +98,21 @@ def test_one_seed_has_no_diversity(tiny_model: Path, tmp_path: Path) -> None:
     guard = make_guard(tiny_model, tmp_path, settings=settings(num_rollouts=1))
     found = guard.measure(guard.backend.load_control(tiny_model / "controlnet"), pause=lambda: None)
     assert found.diversity == 0
+
+
+def test_an_image_without_reward_is_told(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mean is of the others, and the log says so."""
+    guard = make_guard(tiny_model, tmp_path)
+    monkeypatch.setattr(Judges, "score", lambda self, images, hr: spoiled(original(self, images, hr)))
+    found = guard.measure(guard.backend.load_control(tiny_model / "controlnet"), pause=lambda: None)
+    assert np.isfinite(found.reward) and "images have no reward; its mean is of the others" in caplog.text
+
+
+original = Judges.score
+
+
+def spoiled(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    scores["psnr"][0] = np.nan
+    return scores

@@ -172,11 +172,12 @@ def test_process_settings_are_kept(photos: list[torch.Tensor]) -> None:
 
 
 def test_micro_batch_limits_scratch_memory() -> None:
-    judge = scorer("ssim", "psnr", batch_size=16)
+    judge = scorer("vsi", "psnr", "ssim", batch_size=16)
     assert judge.micro_batch("psnr", 32, 32) == 16
-    large = judge.micro_batch("ssim", 96, 96)
-    assert 1 <= large < 16 and large * METRICS["ssim"].scratch * 96 * 96 <= SCRATCH["cpu"]
-    assert judge.micro_batch("ssim", 2000, 2000) == 1
+    large = judge.micro_batch("vsi", 96, 96)
+    assert 1 <= large < 16 and large * METRICS["vsi"].scratch * 96 * 96 <= SCRATCH["cpu"]
+    assert judge.micro_batch("vsi", 2000, 2000) == 1
+    assert judge.micro_batch("ssim", 32, 32) == 1  # on the CPU
 
 
 class Fake:
@@ -251,6 +252,32 @@ def test_scores_do_not_depend_on_the_batch(photos: list[torch.Tensor]) -> None:
     large, small = (scorer(*names, batch_size=size).score(images, hr) for size in (5, 2))
     for name in names:
         np.testing.assert_allclose(large[name], small[name], rtol=1e-6, atol=1e-7)
+
+
+def test_one_score_for_a_batch_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that averages over the batch is asked image by image; one that gives two scores an image fails."""
+    fake = Fake(RuntimeError())
+    monkeypatch.setattr(Fake, "__call__", lambda self, images, reference: images.mean()[None])
+    np.testing.assert_array_equal(run_fake(fake)[1], np.arange(7) / 8)
+    monkeypatch.setattr(Fake, "__call__", lambda self, images, reference: images.mean().repeat(2))
+    with pytest.raises(ScoringError, match="found 2 scores of 1 images"):
+        run_fake(fake)
+
+
+def test_threads_change_no_score(photos: list[torch.Tensor]) -> None:
+    """Beyond the last digits of float32: sums over pixels are split among the threads."""
+    hr = photos[3][None, :, :96, :96]
+    images = candidates(hr[0], 3)
+    judge = scorer("psnr", "ssim", "fsim", "gmsd", "nlpd", "vif", "vsi", "piqe")
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(judge.score(images, hr))
+        finally:
+            torch.set_num_threads(1)
+    for name in judge.names:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=2e-6, atol=1e-7)
 
 
 def test_user_errors(tmp_path: Path, photos: list[torch.Tensor]) -> None:

@@ -37,7 +37,7 @@ def candidates(hr: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "create", lambda name, device: random_metrics.create(name, device))
+    monkeypatch.setattr(pretrained, "create", lambda name, device, **_: random_metrics.create(name, device))
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ LOG = logging.getLogger("iqa")
 # Largest temporary tensor in bytes. On the CPU, the allocator returns blocks of 32 MiB and more to the system at once,
 # and paging them in again costs several times the arithmetic.
 SCRATCH = {"cpu": 30 * 2**20, "cuda": 2**30}
+# On the CPU, torch unfolds all images of a float64 convolution at once (121 numbers a pixel for SSIM's window), past
+# the processor's cache: one by one is faster.
+UNFOLDING = ("ssim", "ms_ssim")
 # What libraries say, other than torch.OutOfMemoryError and MemoryError, where memory is short.
 OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "STATUS_ALLOC_FAILED")
 OVERWRITING = ("afine_fr", "afine_nr")  # pyiqa's A-FINE normalises the images it is given in place
@@ -68,7 +71,7 @@ class Scorer:
             self._min_size["niqe"] = max(self._min_size["niqe"], niqe_block)
         with _settings_kept():
             self._models = {name: _create(name, device, niqe, niqe_block, vqr1) for name in self.names}
-        self._shared = {name: SharedHr(name, model) for name, model in self._models.items()}
+        self._shared = {name: SharedHr(model) for name, model in self._models.items()}
         self._limits: dict[tuple[str, int, int], int] = {}  # batches that memory allowed, by metric and image size
 
     @property
@@ -91,7 +94,6 @@ class Scorer:
         """
         beside = self._beside(candidates, hr)
         height, width = candidates.shape[-2:]
-        images = candidates.to(self.device, non_blocking=True)
         scores = {}
         with _settings_kept(), torch.inference_mode():
             for name in self.names:
@@ -99,7 +101,7 @@ class Scorer:
                     scores[name] = np.full(len(candidates), np.nan)
                     continue
                 start = time.perf_counter()
-                scores[name] = self._run(name, images, beside)
+                scores[name] = self._run(name, candidates, beside)
                 self.seconds[name] += time.perf_counter() - start
                 self.counts[name] += len(candidates)
         return scores
@@ -107,7 +109,8 @@ class Scorer:
     def micro_batch(self, name: str, height: int, width: int) -> int:
         """Return how many images of this size (pixels) go through `name` at once."""
         metric = METRICS[name]
-        if not metric.batch_safe:
+        unfolding = self.device.type == "cpu" and getattr(self._models[name], "metric_name", "") in UNFOLDING
+        if not metric.batch_safe or unfolding:
             return 1
         fitting = SCRATCH[self.device.type] // metric.temporary(height, width)
         return max(1, min(self.batch_size, fitting, self._limits.get((name, height, width), self.batch_size)))
@@ -169,15 +172,8 @@ class Scorer:
 
     def _halve(self, name: str, images: torch.Tensor, reason: str) -> None:
         size, (height, width) = len(images) // 2, images.shape[-2:]
-        LOG.warning(
-            "%s: out of memory with %d images of %d x %d, going on with %d (%s)",
-            name,
-            len(images),
-            width,
-            height,
-            size,
-            reason,
-        )
+        many = f"{len(images)} images of {width} x {height}"
+        LOG.warning("%s: out of memory with %s, going on with %d (%s)", name, many, size, reason)
         self._limits[name, height, width] = size
         for shared in self._shared.values():
             shared.forget()
@@ -186,11 +182,14 @@ class Scorer:
 
     def _call(self, name: str, images: torch.Tensor, reference: torch.Tensor | None) -> np.ndarray:
         """Let pyiqa score a batch (B, 3, H, W) beside one HR image (1, 3, H, W)."""
+        images = images.to(self.device, non_blocking=True)
         given = [images] if reference is None else [images, reference.expand_as(images)]
         if name in OVERWRITING:
             given = [each.clone() for each in given]
         with self._shared[name].in_use():
             value = self._models[name](*given)
+        if value.numel() != len(images):
+            raise ValueError(f"found {value.numel()} scores of {len(images)} images")
         return value.detach().reshape(-1).double().cpu().numpy()
 
 

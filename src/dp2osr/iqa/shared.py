@@ -3,7 +3,8 @@
 pyiqa's metrics call functions of one image for the candidates and for the HR image, in an order that repeats. FEATURES
 names those functions and the order. While a metric runs, each is replaced by itself with a memory: the HR image's
 result is kept from batch to batch, and is used again only where every argument is equal to the kept call's. So another
-HR image, another size or another order of calls in a later pyiqa costs time, never a wrong score.
+HR image, another size or another order of calls in a later pyiqa costs time, never a wrong score. Only the calls marked
+r trust what pyiqa does with them; a test holds it to that.
 
 The memory holds one HR image a function and call. An HR image is always computed alone, in a batch of one, so that no
 score depends on where a job began or went on.
@@ -37,15 +38,14 @@ class Feature:
 SSIM = (Feature("ssim_arch.filter2", "chchc"),)  # of X, Y, X², Y² and XY, at each scale
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "ssim": SSIM,
-    "ssim_y": SSIM,
     "ms_ssim": SSIM,
-    "fsim": (Feature("fsim_arch._phase_congruency"),),
+    "fsim": (Feature("fsim_arch._phase_congruency"), Feature("fsim_arch.rgb2yiq")),
     "vif": (
         Feature("vif_arch.SteerablePyramidSpace"),
         Feature("net.corrDn_win", "hcchc"),
         Feature("net.refparams_vecgsm", "h"),
     ),
-    "vsi": (Feature("vsi_arch.sdsp"),),
+    "vsi": (Feature("vsi_arch.sdsp"), Feature("vsi_arch.rgb2lmn")),
     "gmsd": (Feature("gmsd_arch.to_y_channel"),),
     "nlpd": (Feature("net.pyramid"),),
     "mad": (Feature("mad_arch.gaborconvolve", "hc"), Feature("mad_arch.ical_stat", "hc")),
@@ -68,7 +68,8 @@ SIZES = 4  # image sizes whose constants are kept
 class SharedHr:
     """The functions of one metric, with a memory; without effect for a metric that is not in the tables above."""
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, model: Any) -> None:
+        name = getattr(model, "metric_name", "")  # pyiqa's, of whatever variant
         features, constants = FEATURES.get(name, ()), CONSTANTS.get(name, ())
         self._features = [(*_find(feature.place, model), feature.calls) for feature in features]
         self._kept = [Kept(getattr(owner, key), calls) for owner, key, calls in self._features]
@@ -117,9 +118,12 @@ class Kept:
         """Return what the function returns for these images."""
         call, self._count = self._count, self._count + 1
         whose = self._calls[call % len(self._calls)]
-        if whose != "h":
-            self._last = self._last if whose == "r" else self._function(*args, **options)
+        if whose == "r":
             return self._last
+        if whose == "c":
+            result = self._function(*args, **options)
+            self._last = result if "r" in self._calls else None
+            return result
         given, batch = (args, options), len(args[0][0] if isinstance(args[0], list) else args[0])
         known, result = self._memory.get(call, (None, None))
         if not _same(given, known):

@@ -4,6 +4,7 @@ In a collapse the loss falls and the pair accuracy reads 97 % while the images t
 reward on held-back images and the diversity between the seeds of one image.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from dp2osr.training.checkpoint import Row
 
 if TYPE_CHECKING:
     from dp2osr.iqa.metric import Scorer
+
+LOG = logging.getLogger("guard")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Guard:
             rows = gather_object(rows)
         frame = pd.DataFrame(rows).sort_values(["group_id", "rollout"], ignore_index=True)
         rewards = apply_scale(frame, self.scales, self.reward)
+        if lacking := int(rewards["reward"].isna().sum()):
+            LOG.warning("validation: %d of %d images have no reward; its mean is of the others", lacking, len(rewards))
         means = {name: float(rewards[name].mean()) for name in ("reward", "fr", "nr")}  # over what is a number
         return Measurement(**means, diversity=float(frame["diversity"].mean()))
 
