@@ -17,6 +17,7 @@ LIGHT = (
     "config",
     "config_checks",
     "config_degradation",
+    "config_metrics",
     "strict",
     "tables",
     "seeds",
