@@ -14,12 +14,32 @@ def score_job(wildcards):
     return params_json({"metrics": names, "niqe_block": block} | vqr1)
 
 
+def score_vqr1(wildcards):
+    """A file of VisualQuality-R1's folder: with a wrong path the run stops before its first job."""
+    path = cfg.iqa.vqr1.model
+    used = "vqr1" in cfg.iqa.groups[wildcards.metrics] and not path.startswith("hub:")
+    return [f"{path}/config.json"] if used else []
+
+
+def score_memory(wildcards, attempt):
+    """MB; the weights of the two metrics that are language models, 16 GB each, pass through main memory."""
+    large = {"qalign", "vqr1"} & set(cfg.iqa.groups[wildcards.metrics])
+    return (24000 if large else 8000) * attempt
+
+
+def score_seconds(wildcards):
+    """Seconds an image with all metrics of a group."""
+    thinking = cfg.limits.vqr1 if "vqr1" in cfg.iqa.groups[wildcards.metrics] else 0
+    return cfg.limits.score + thinking
+
+
 # Batch size and device are resources, not params: a change of them reruns nothing.
 rule score:
     input:
         candidates=f"{R}/{{dataset}}/{{policy}}/candidates/shard-{{shard}}.block-{{block}}.tar",
         lr=f"{R}/{{dataset}}/lr/shard-{{shard}}.tar",
         niqe=score_niqe,
+        vqr1=score_vqr1,
     output:
         scores=f"{R}/{{dataset}}/{{policy}}/scores/{{metrics}}/shard-{{shard}}.block-{{block}}.parquet",
     log:
@@ -29,9 +49,9 @@ rule score:
     cache: caching
     threads: 1
     resources:
-        mem_mb=growing(8000),
+        mem_mb=score_memory,
         runtime=lambda wildcards, attempt: time_limit(
-            images_per_block * cfg.limits.score, attempt
+            images_per_block * score_seconds(wildcards), attempt
         ),
         batch_size=cfg.iqa.batch_size,
         gpu=num_gpus,

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,7 +136,8 @@ def meta() -> Iterator[None]:
     import timm
 
     create = timm.create_model
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Swin loads its file into them, which does nothing
         patch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
         patch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, "pretrained": False}))
         yield

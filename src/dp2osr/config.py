@@ -15,6 +15,7 @@ from dp2osr import config_checks
 from dp2osr.config_datasets import LrSettings, PublishedSettings, check_dataset
 from dp2osr.config_degradation import DegradationSettings
 from dp2osr.config_downstream import DownstreamSettings
+from dp2osr.config_metrics import IqaSettings
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Name, Probability, Strict, parse
 
@@ -110,31 +111,6 @@ class RolloutSettings(Strict):
     keep: Literal["all", "selected"]
 
 
-class NiqeSettings(Strict):
-    """NIQE fitted on the HR images of one dataset; block size in pixels."""
-
-    dataset: str
-    block_size: Annotated[int, Field(ge=16)]
-    sharpness: Probability
-
-
-class Vqr1Settings(Strict):
-    """VisualQuality-R1: its folder or `hub:` name, and how long its answer may get."""
-
-    model: str
-    max_tokens: Count
-
-
-class IqaSettings(Strict):
-    """Metric groups (name -> metric names); a group is one kind of scoring job. `test_only`: some groups' names."""
-
-    groups: dict[Name, list[str]]
-    test_only: list[str]
-    batch_size: Count
-    niqe: NiqeSettings
-    vqr1: Vqr1Settings
-
-
 class RewardSettings(Strict):
     """R = weight_fr · mean FR + (1 − weight_fr) · mean NR of group-normalised scores (method.md, Reward)."""
 
@@ -211,6 +187,7 @@ class LimitSettings(Strict):
     longest_min: Count
     rollout: Annotated[float, Field(gt=0)]
     score: Annotated[float, Field(gt=0)]
+    vqr1: Annotated[float, Field(gt=0)]
     encode: Annotated[float, Field(gt=0)]
     train: Annotated[float, Field(gt=0)]
     train_gpus: Count

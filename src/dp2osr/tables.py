@@ -272,6 +272,14 @@ def origins(schema: pa.Schema) -> dict[str, str]:
     return dict(json.loads((schema.metadata or {}).get(ORIGINS, b"{}")))
 
 
+def common_origins(paths: Iterable[Path | str]) -> dict[str, str]:
+    """Return what made the metrics of some tables; UserError where they differ in it."""
+    found: dict[str, str] = {}
+    for path in paths:
+        merge_origins(found, read_origins(path), path)
+    return found
+
+
 def read_origins(path: Path | str) -> dict[str, str]:
     """Return `origins` of a table that can be read."""
     return origins(pq.read_schema(path))

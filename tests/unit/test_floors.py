@@ -19,6 +19,7 @@ LIGHT = (
     "config_datasets",
     "config_degradation",
     "config_downstream",
+    "config_metrics",
     "strict",
     "tables",
     "seeds",

@@ -98,7 +98,7 @@ def test_killed_and_rerun_equals_undisturbed(tmp_path: Path, monkeypatch: pytest
 
 def test_parts_of_other_inputs_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_inputs(tmp_path)
-    monkeypatch.setattr(tables, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(tables, "write", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         score.main(arguments(tmp_path, "psnr"))
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny_vqr1
-from dp2osr.config import Vqr1Settings
+from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.iqa.metric import Scorer
 from dp2osr.iqa.vqr1 import PROMPT, VisualQuality, parse_score

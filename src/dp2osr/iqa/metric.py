@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dp2osr.config import Vqr1Settings
+from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.iqa import pretrained
 from dp2osr.iqa.shared import SharedHr

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dp2osr import versions, weights
-from dp2osr.config import Vqr1Settings
+from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.metrics import METRICS
 
 _TORCH = ("pyiqa", "checkpoints", "clip")  # folders of torch.hub's that pyiqa, torchvision, timm and CLIP load from

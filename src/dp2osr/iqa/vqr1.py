@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from dp2osr.config import Vqr1Settings
+from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.shards import to_uint8
 from dp2osr.weights import locate

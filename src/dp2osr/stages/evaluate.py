@@ -41,18 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     job: EvaluateJob = args.config
     if len(policies := dict(args.policy)) < len(args.policy):
         raise UserError(f"--policy: a name twice, found {', '.join(name for name, _ in args.policy)}")
-    rewards = {name: tables.read_rewards(path) for name, path in policies.items()}
-    origins: dict[str, str] = {}
-    for path in (*policies.values(), args.scales):  # policy and reference by one and the same judge
-        tables.merge_origins(origins, tables.read_origins(path), path)
     table = evaluation.evaluate(
-        rewards,
+        {name: tables.read_rewards(path) for name, path in policies.items()},
         scales=tables.read(args.scales, tables.SCALES),
         images=tables.read(args.images, tables.IMAGES),
         **{name: getattr(job, name) for name in ("reference", "reward", "seed")},
         settings=job.evaluate,
     )
-    tables.write(table, args.evaluation, tables.EVALUATION, origins=origins)
+    judges = tables.common_origins([*policies.values(), args.scales])  # one and the same for all policies
+    tables.write(table, args.evaluation, tables.EVALUATION, origins=judges)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pandas as pd
 
 from dp2osr import resume, stage, tables, versions
 from dp2osr.ahead import Ahead
-from dp2osr.config import Vqr1Settings
+from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.metrics import METRICS
 from dp2osr.strict import Count, Strict
