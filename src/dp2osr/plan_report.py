@@ -9,7 +9,7 @@ from typing import Any
 from dp2osr import plan_facts, show
 from dp2osr.config import Config
 from dp2osr.errors import UserError
-from dp2osr.models import footprint, memory
+from dp2osr.models import footprint, judging, memory
 from dp2osr.models.footprint import Footprint
 from dp2osr.models.memory import Need
 from dp2osr.plan import CHECKPOINTS, GPU_STAGES, PNG_BYTES, Planner, Row, Wanted, check_names
@@ -62,24 +62,38 @@ def describe(found: Footprint, architecture: str) -> str:
 
 
 def needs(config: Config, footprints: Mapping[str, Footprint]) -> dict[tuple[str, str], list[Need]]:
-    """Return GPU memory by (stage, policy or run), at the largest image size that a stage meets."""
-    batch, embedded = config.rollout.batch_size, Wanted.of(config).embedded
+    """Return GPU memory by (stage, what it is for), at the largest image size that a stage meets."""
+    batch, wanted = config.rollout.batch_size, Wanted.of(config)
     table: dict[tuple[str, str], list[Need]] = {}
+    if "tags" in {config.datasets[dataset].prompt.source for dataset, _ in wanted.embedded}:
+        table["describe", "tags"] = judging.describe()
     for name, found in footprints.items():
-        size = max(config.datasets[dataset].hr_size for dataset, root in embedded if root == name)
+        size = max(config.datasets[dataset].hr_size for dataset, root in wanted.embedded if root == name)
         table["embed", name] = memory.embed(found)
         table["rollout", name] = memory.rollout(found, images=batch, size=size)
         table["encode", name] = memory.encode(found, images=batch, size=size)
+    scored = max((config.datasets[dataset].hr_size for dataset, _ in wanted.scored), default=0)
+    for group, names in config.iqa.groups.items() if scored else ():
+        table["score", group] = judging.score(names, batch=config.iqa.batch_size, size=scored)
     for name, run in config.runs.items():
         root = config.root_policy(run.reference)
         if root in footprints:
-            size = config.datasets[run.dataset].hr_size
-            table["train", name] = memory.train(footprints[root], run.train, top=run.pairs.top, size=size)
+            table["train", name] = train_needs(config, name, footprints[root])
     return table
 
 
+def train_needs(config: Config, name: str, found: Footprint) -> list[Need]:
+    """Return what a run's training holds, with the metrics of its guard."""
+    run, reward = config.runs[name], config.rewards[config.judge(name)]
+    needs = memory.train(found, run.train, top=run.pairs.top, size=config.datasets[run.dataset].hr_size)
+    if not run.train.guard.every:
+        return needs
+    size = config.datasets[run.train.guard.dataset].hr_size
+    return needs + judging.guard([*reward.fr, *reward.nr], batch=config.iqa.batch_size, size=size)
+
+
 def unknown(config: Config, rows: Sequence[Row]) -> list[str]:
-    """Return a line for each data set without images and each GPU stage without seconds."""
+    """Return a line for each data set without images, GPU stage without seconds and network without a size."""
     lines = []
     for name in config.datasets:
         if any(row.images is None and row.subject == name and row.stage == "degrade" for row in rows):
@@ -87,7 +101,11 @@ def unknown(config: Config, rows: Sequence[Row]) -> list[str]:
     for stage in GPU_STAGES:
         if any(row.stage == stage and row.seconds is None for row in rows):
             lines.append(f"seconds of an image in {stage} are unknown: give --seconds {stage}=S")
-    return lines
+    scored = {name for names in config.iqa.groups.values() for name in names}
+    networks = [f"metric {name}" for name in judging.uncounted(sorted(scored))]
+    if "caption" in {settings.prompt.source for settings in config.datasets.values()}:
+        networks.append("the captioner of prompts")
+    return [*lines, *(f"GPU memory of {network} is not counted" for network in networks)]
 
 
 def totals(rows: Sequence[Row]) -> dict[str, float]:
@@ -160,7 +178,7 @@ ASSUMPTIONS = (
     "paper, A800: seconds of the paper for 512 px, scaled to the steps of sampling; its nine metrics for scoring",
     f"disk: {PNG_BYTES} bytes a pixel of lossless images unless the data set's shards show it; latents in float32",
     f"disk of train: the policy and {CHECKPOINTS} checkpoints with optimizer and average; small tables are left out",
-    "GPU memory: counted on shapes alone; without CUDA's own (about 1 GiB), the allocator's waste (5 to 15 %), metrics",
+    "GPU memory: counted on shapes alone; without CUDA's own (about 1 GiB) and the allocator's waste (5 to 15 %)",
 )
 
 

@@ -8,8 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def no_interface() -> list[str]:
 
 
 NO_INTERFACE = no_interface()
+pytestmark = pytest.mark.timeout(1800)  # many processes, each of which imports torch: long on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -152,26 +154,34 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(cache: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cut]:
-    """Return, by backend, a folder in which all stages that load weights have run without network."""
-    found = {kind: Cut(tmp_path_factory.mktemp(kind), cache, kind) for kind in STAGES}
-    local = settings(str(tiny_flux), "flux")
-    tiny_shards.write_embeddings(found["flux"].folder / FILES["embeddings"], GROUPS, local)
-    for kind, cut in found.items():
+def done(cache: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Cut]:
+    """Return what gives, by backend, a folder in which all stages that load weights have run without network."""
+
+    @lru_cache
+    def ran(kind: str) -> Cut:
+        cut = Cut(tmp_path_factory.mktemp(kind), cache, kind)
         write_inputs(cut.folder)
+        if "embed" not in STAGES[kind]:
+            tiny_shards.write_embeddings(cut.folder / FILES["embeddings"], GROUPS, settings(str(tiny_flux), "flux"))
         for name in STAGES[kind]:
-            ran = cut.run(name)
-            assert ran.returncode == 0, f"{kind}, {name}: {ran.stderr[-3000:]}"
-    return found
+            finished = cut.run(name)
+            assert finished.returncode == 0, f"{name}: {finished.stderr[-3000:]}"
+        return cut
+
+    return ran
 
 
-def test_stages_run_with_the_network_cut(done: dict[str, Cut]) -> None:
-    for kind, cut in done.items():
-        assert not cut.attempts.exists(), f"{kind}: {cut.attempts.read_text()}"
-        log = tables.read(cut.folder / FILES["train-log"], tables.TRAIN_LOG)
-        assert log["step"].tolist() == [1, 2] and log["loss"].notna().all()
-        assert (cut.folder / "policy" / "config.json").is_file()
-    folder = done["sd"].folder
+@pytest.mark.parametrize("kind", STAGES)
+def test_stages_run_with_the_network_cut(kind: str, done: Callable[[str], Cut]) -> None:
+    cut = done(kind)
+    assert not cut.attempts.exists(), cut.attempts.read_text()
+    log = tables.read(cut.folder / FILES["train-log"], tables.TRAIN_LOG)
+    assert log["step"].tolist() == [1, 2] and log["loss"].notna().all()
+    assert (cut.folder / FILES["policy"] / "config.json").is_file()
+
+
+def test_what_they_wrote(done: Callable[[str], Cut]) -> None:
+    folder = done("sd").folder
     prompts = tables.read(folder / FILES["prompts"], tables.PROMPTS)
     named = {tag for text in prompts["prompt"] for tag in text.split(", ") if tag}
     assert set(prompts["group_id"]) == set(GROUPS) and named <= set(tiny_ram.TAGS)
@@ -220,18 +230,18 @@ def test_what_is_missing_is_one_line_with_the_command(
     what: str,
     pattern: str,
     cache: Path,
-    done: dict[str, Cut],
+    done: Callable[[str], Cut],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    told = {weights.VARIABLE: str(cache), weights.CONFIGFILES: "config/c-sd2.yaml"}
+    cut, told = done(kind), {weights.VARIABLE: str(cache), weights.CONFIGFILES: "config/c-sd2.yaml"}
     for variable, value in (told | weights.environment(cache, offline=True)).items():
         monkeypatch.setenv(variable, value)
     for way in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, way, lambda *_: pytest.fail("the stage tried to connect"))
     main, (lost,) = importlib.import_module(f"dp2osr.stages.{name}").main, cache.glob(pattern)
     with without(lost), pytest.raises(SystemExit) as stopped:
-        stage.run(lambda: main(done[kind].arguments(name)))
+        stage.run(lambda: main(cut.arguments(name)))
     assert stopped.value.code == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     told_where = f"{lost.relative_to(cache)}: missing (weights cache {cache})"

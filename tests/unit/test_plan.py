@@ -151,6 +151,7 @@ def test_json_has_the_same_figures(files: list[str], capsys: pytest.CaptureFixtu
         ("embed", "base"),
         ("rollout", "base"),
         ("encode", "base"),
+        ("score", "light"),
         ("train", "default"),
     }
 
@@ -178,4 +179,4 @@ def test_model_that_is_not_here(config_dict: dict[str, Any], tmp_path: Path, cap
     cli.main(["plan", "--config", str(tmp_path / "config.yaml")])
     found = capsys.readouterr().out
     assert "policy base: model weights/absent: not found here; its sizes need --architecture" in found
-    assert "GPU memory" not in found.split("assumptions")[0]
+    assert "score, light" in found and "rollout, base" not in found and "train, default" not in found

@@ -1,7 +1,7 @@
 """GPU memory of each stage, of a model on `meta`: weights by their dtype, and working memory counted by the ledger.
 
-Not in it: the CUDA context and libraries' workspaces (about 1 GiB), what the allocator cannot use (often 5 to
-15 %), and the networks of metrics.
+Not in it: the CUDA context and libraries' workspaces (about 1 GiB), and what the allocator cannot use (often 5 to
+15 %). The networks of metrics and RAM's are in judging.py.
 """
 
 import copy
