@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dp2osr import stage
-from dp2osr.config import NiqeSettings
+from dp2osr.config_metrics import NiqeSettings
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
