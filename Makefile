@@ -17,7 +17,7 @@ ONE_THREAD := --set-threads train=1 rollout=1  # many runs: a job a core beats t
 # Each job is a process that imports torch and diffusers: compiled anew every time, that is half a job's time here.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo demo-flow study sweep base test cluster lint format unlock cancel pins clean
+.PHONY: help env demo demo-flow study study-flow sweep base test cluster lint format unlock cancel pins clean
 
 help: ## show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,6 +36,10 @@ demo-flow: env ## the same with the embedded flow model (results/tiny-flow/runs/
 
 study: env ## a second training seed and the controls, compared on one page
 	@$(WORKFLOW) results/report/compare.html $(SNAKEMAKE) --configfile config/study.yaml $(ONE_THREAD) -- figures
+
+study-flow: env ## the same questions on the flow path
+	@$(WORKFLOW) results/tiny-flow/report/compare.html $(SNAKEMAKE) \
+	    --configfile config/tiny-flow.yaml config/study-flow.yaml $(ONE_THREAD) -- figures
 
 sweep: env ## the paper's ablations of N/M, M and HPO on shared rollouts, compared on one page (long)
 	@$(WORKFLOW) results/sweep/report/compare.html $(SNAKEMAKE) --configfile config/sweep.yaml $(ONE_THREAD) \
