@@ -181,7 +181,8 @@ def write_run(folder: Path, *, verdict: str = "ok", size: int = 32) -> list[str]
         ("scales", scale_table(), tables.SCALES),
         ("images", images_table(), tables.IMAGES),
     ):
-        tables.write(frame, folder / f"{name}.parquet", schema)
+        made = {"fsim": "pyiqa 9.9, score 1"} if name == "evaluation" else None
+        tables.write(frame, folder / f"{name}.parquet", schema, origins=made)
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "score-0000.tsv").write_text("s\th:m:s\tmax_rss\n12.5\t0:00:12\t310.2\n")
     (folder / "benchmarks" / "score-0001.tsv").write_text("s\th:m:s\tmax_rss\n7.5\t0:00:07\t-\n")
@@ -230,6 +231,7 @@ def test_page_is_self_contained_escaped_and_complete(rendered: Path) -> None:
     assert links.found and away == ["../../../train/base/explorer/default/index.html"]  # a link, fetched by nobody
     assert "<script" not in page and "&lt;script&gt;cannot be read (1)" in page and "photo &lt;0&gt;.png" in page
     assert "0.800 against 0.500, a difference of +0.300 (95 % interval [+0.250, +0.350])" in page
+    assert '<td>metric fsim</td><td class="left wrap">pyiqa 9.9, score 1</td>' in page
     assert "The guard stopped the training at step 80: diversity fell under 0.25" in page
     assert page.count("data:image/png") == 3 * 12
     assert page.count("<svg") == 5

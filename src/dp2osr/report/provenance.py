@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dp2osr import versions
+from dp2osr import tables, versions
 
 PACKAGES = ("dp2o-sr", "torch", "diffusers", "transformers", "accelerate", "pyiqa", "snakemake", "numpy", "pandas")
 
@@ -37,6 +37,16 @@ def software() -> dict[str, str]:
     stages = {name.lower(): value for name, value in vars(versions).items() if name.isupper()}
     found["stage versions"] = ", ".join(f"{name} {value}" for name, value in stages.items())
     return found
+
+
+def metrics(evaluations: Iterable[Path]) -> dict[str, str]:
+    """Return `metric NAME` -> what made its numbers in evaluation tables, of several makings one a line."""
+    found: dict[str, list[str]] = {}
+    for path in evaluations:
+        for name, origin in tables.read_origins(path).items():
+            lines = found.setdefault(f"metric {name}", [])
+            lines += [origin] if origin not in lines else []
+    return {name: "\n".join(lines) for name, lines in sorted(found.items())}
 
 
 def timings(paths: Iterable[Path]) -> pd.DataFrame:

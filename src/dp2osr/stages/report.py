@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         validation=tables.read(args.validation, tables.VALIDATION),
         images={name: tables.read(path, tables.IMAGES) for name, path in args.images},
         timings=provenance.timings(args.benchmarks),
-        software=provenance.software(),
+        software=provenance.software() | provenance.metrics(path for _, path in args.evaluation),
     )
     html, files = page.run_page(material)
     for name, data in files.items():
