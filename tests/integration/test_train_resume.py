@@ -46,10 +46,16 @@ def command(model: Path, folder: Path, output: Path, **changes: Any) -> list[str
     return [str(part) for part in (*inputs, *outputs, "--validation", output / "validation.parquet")]
 
 
-def start(arguments: list[str], *, log: Path | None = None, **variables: str) -> subprocess.Popen[bytes]:
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+ACCELERATE += ["--main_process_port=0"]
+
+
+def start(
+    arguments: list[str], *, launcher: list[str] | None = None, log: Path | None = None, **variables: str
+) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     with log.open("wb") if log else nullcontext() as stderr:
-        command = [sys.executable, "-m", "dp2osr.stages.train", *arguments]
+        command = [sys.executable, *(["-m", *launcher] if launcher else []), "-m", "dp2osr.stages.train", *arguments]
         return subprocess.Popen(command, env=environment, stderr=stderr)
 
 
@@ -99,9 +105,12 @@ def test_killed_and_resumed_equals_undisturbed(
     assert found[2] == wanted[2]
 
 
-def test_two_processes_equal_one(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Groups of unlike numbers of pairs are shared out, 3 of them to 2 processes."""
-    process = start([*command(tiny_model, tmp_path, tmp_path), "--processes", "2"])
+@pytest.mark.parametrize("launcher", [None, ACCELERATE], ids=["own", "accelerate"])
+def test_two_processes_equal_one(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path, launcher: list[str] | None
+) -> None:
+    """Groups of unlike numbers of pairs are shared out, 3 of them to 2 processes, whoever starts these."""
+    process = start([*command(tiny_model, tmp_path, tmp_path), "--processes", "2"], launcher=launcher)
     assert process.wait(300) == 0
     found, wanted = results(tmp_path), results(undisturbed)
     weights, before = load(found[2]), load(wanted[2])
