@@ -188,7 +188,7 @@ def test_what_they_wrote(done: Callable[[str], Cut]) -> None:
     scores = tables.read(folder / FILES["scores"], tables.SCORES)
     assert set(scores["metric"]) == {*METRICS, "psnr"} and set(scores["status"]) == {"ok"}
     made = tables.read_origins(folder / FILES["scores"])
-    known = {fact.sha256 for fact in weights.read_manifest(done["sd"].cache).files.values()}
+    known = {fact.sha256 for fact in weights.read_manifest(done("sd").cache).files.values()}
     assert {name: line.count("sha256:") for name, line in made.items()} == {"lpips": 2, "topiq_nr": 2, "psnr": 0}
     assert all(found in known for line in made.values() for found in re.findall(r"sha256:(\w+)", line))
     validation = tables.read(folder / FILES["validation"], tables.VALIDATION)

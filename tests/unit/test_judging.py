@@ -96,7 +96,7 @@ def test_working_memory_is_that_of_pyiqas_networks(name: str) -> None:
 
 @pytest.mark.parametrize("size", [96, 512])
 def test_as_many_images_at_once_as_the_scorer_takes(size: int) -> None:
-    scorer: Any = SimpleNamespace(device=torch.device("cuda"), batch_size=16)
+    scorer: Any = SimpleNamespace(device=torch.device("cuda"), batch_size=16, _models={}, _limits={})
     for name in METRICS:
         assert judging.at_once(name, batch=16, size=size) == Scorer.micro_batch(scorer, name, size, size)
 
@@ -109,7 +109,7 @@ def test_a_group_of_metrics_by_hand() -> None:
         "lpips, float32": 4 * COSTS["lpips"].parameters,
     }
     (most,) = [need for need in needs if not need.lasting]
-    assert most.what == "qalign of 1 image" and most.bytes == COSTS["qalign"].fixed
+    assert most.what == "lpips of 16 images" and most.bytes == 16 * 512 * 512 * COSTS["lpips"].per_pixel
     assert total(needs) == sum(held.values()) + most.bytes
     assert [need.lasting for need in judging.score(["psnr", "ssim"], batch=16, size=512)] == [False]
     guarded = judging.guard(["qalign", "lpips"], batch=16, size=512)

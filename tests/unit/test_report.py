@@ -186,6 +186,7 @@ def write_run(folder: Path, *, verdict: str = "ok", size: int = 32) -> list[str]
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "score-0000.tsv").write_text("s\th:m:s\tmax_rss\n12.5\t0:00:12\t310.2\n")
     (folder / "benchmarks" / "score-0001.tsv").write_text("s\th:m:s\tmax_rss\n7.5\t0:00:07\t-\n")
+    (folder / "benchmarks" / "score-0002.tsv").touch()  # of a killed job
     argv = ["--pairs", f"{folder}/pairs.parquet", "--train-log", f"{folder}/train_log.parquet"]
     argv += ["--validation", f"{folder}/validation.parquet", "--benchmarks", f"{folder}/benchmarks"]
     for option, name in (

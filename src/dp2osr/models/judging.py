@@ -59,7 +59,7 @@ def at_once(name: str, *, batch: int, size: int) -> int:
     metric = METRICS[name]
     if not metric.batch_safe:
         return 1
-    return max(1, min(batch, SCRATCH["cuda"] // (metric.scratch * size * size)))
+    return max(1, min(batch, SCRATCH["cuda"] // metric.temporary(size, size)))
 
 
 def working_bytes(name: str, *, batch: int, size: int) -> int:

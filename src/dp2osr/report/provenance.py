@@ -53,7 +53,7 @@ def timings(paths: Iterable[Path]) -> pd.DataFrame:
     """Sum Snakemake's benchmark files by kind of job: job, jobs, seconds, max_rss (MB).
 
     A path is a file, a folder (all below it) or a pattern such as `folder/*.tsv`; those that do not exist are passed
-    over. Numbers of shards and blocks in a file's name are folded, so that a stage's jobs are one row.
+    over, as are empty files. Numbers of shards and blocks in a file's name are folded: a stage's jobs are one row.
     """
     rows = []
     for path in paths:
@@ -61,6 +61,8 @@ def timings(paths: Iterable[Path]) -> pd.DataFrame:
         for file in files:
             named = file.relative_to(path.parent.parent)
             job = re.sub(r"\d{3,}", "*", named.with_suffix("").as_posix())
+            if not file.stat().st_size:  # Snakemake makes it before it writes it: of a killed job it stays empty
+                continue
             table = pd.read_csv(file, sep="\t", na_values="-")
             rows.append({"job": job, "seconds": float(table["s"].sum()), "max_rss": float(table["max_rss"].max())})
     frame = pd.DataFrame(rows, columns=["job", "seconds", "max_rss"])

@@ -9,9 +9,6 @@ from dp2osr.config import ExplorerSettings
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the folder of a shard at once."""
-    from dp2osr.report import explorer
-    from dp2osr.training.checkpoint import atomic_folder
-
     parser = stage.parser(__doc__)
     stage.config_arg(parser, ExplorerSettings)
     parser.add_argument("--rewards", type=Path, required=True, help="rewards table")
@@ -20,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate shards, one a block")
     parser.add_argument("--folder", type=Path, required=True, help="folder to write, named shard-NNNN")
     args = stage.parse_args(parser, argv)
+    from dp2osr.report import explorer
+    from dp2osr.training.checkpoint import atomic_folder
+
     groups = explorer.read_groups(args.rewards, args.images, args.lr, args.candidates, args.config)
     shard = args.folder.name.removeprefix("shard-")
     with atomic_folder(args.folder) as temporary:
