@@ -10,9 +10,9 @@ import os
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from dp2osr import weights
 from dp2osr.errors import UserError
 
 CONNECT_S = 15.0  # seconds that a download of weights may wait for an answer
+ONE_ALIGN = "hub:q-future/one-align"  # the repository that pyiqa's Q-Align loads
+ONE_ALIGN_FILES = ("config.json", "preprocessor_config.json", "tokenizer.model")  # and weights, which it checks itself
 SAFE_LOAD = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load then overrides pyiqa's weights_only=False
 
 
@@ -54,7 +56,7 @@ def load(name: str, device: torch.device, *, folder: Path | None, offline: bool)
             if name.startswith("afine") and folder is not None:
                 stack.enter_context(_clip_in(folder))
             if name == "qalign":
-                stack.enter_context(_no_code_from_the_hub())
+                stack.enter_context(_one_align(offline=offline))
             return pyiqa.create_metric(name, device=device)
     finally:
         socket.setdefaulttimeout(waiting)
@@ -109,22 +111,58 @@ def _clip_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_code_from_the_hub() -> Iterator[None]:
-    """pyiqa trusts Q-Align's repository with code; its classes are pyiqa's own, so none is needed."""
-    from transformers import GenerationMixin
+def _one_align(*, offline: bool) -> Iterator[None]:
+    """Let pyiqa load Q-Align through `_load_one_align`; `offline`: what the cache lacks is an error that names it."""
+    from pyiqa.archs import qalign_arch
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("code from a hub is not run")
-
-    with replaced(GenerationMixin, "load_custom_generate", refuse):
+    if offline:
+        _require_one_align()
+    loader = SimpleNamespace(from_pretrained=functools.partial(_load_one_align, qalign_arch.MPLUGOwl2LlamaForCausalLM))
+    with replaced(qalign_arch, "MPLUGOwl2LlamaForCausalLM", loader):
         yield
 
 
+def _require_one_align() -> None:
+    """Raise what names a file that is missing, or a broken tokenizer: what transformers says of them does not."""
+    from sentencepiece import SentencePieceProcessor
+
+    folder = weights.snapshot(weights.hub_cache(), weights.parse_hub(ONE_ALIGN))
+    for name in ONE_ALIGN_FILES:
+        if folder is None or not (folder / name).is_file():
+            raise FileNotFoundError(f"{name} of {ONE_ALIGN} is missing")
+    assert folder is not None
+    try:
+        SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except RuntimeError as error:
+        raise ValueError(f"tokenizer.model of {ONE_ALIGN} is no SentencePiece model") from error
+
+
+def _load_one_align(kind: Any, repo: str, **options: Any) -> Any:
+    """Load pyiqa's class of Q-Align whole, without the repository's code, and mend what transformers 5 broke of it.
+
+    pyiqa 0.1.16 calls a method that PreTrainedModel has lost: without it no image is scored. And Llama's tokenizer used
+    to begin each text with BOS unless its settings said no; now it does where they say yes. Q-Align's prompt has one.
+    """
+    model, told = kind.from_pretrained(repo, **options | {"trust_remote_code": False, "output_loading_info": True})
+    if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers and warns
+        raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    abstractor = model.get_model().visual_abstractor
+    abstractor.invert_attention_mask = functools.partial(_inverted, dtype=model.dtype)
+    if "add_bos_token" not in model.tokenizer.init_kwargs:
+        model.tokenizer.add_bos_token = True
+    return model
+
+
+def _inverted(mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Return what attention adds to its logits, (B, 1, 1, S): 0 where a mask (B, S) is 1, the lowest number where 0."""
+    return (1 - mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
+
+
 @contextlib.contextmanager
-def replaced(owner: ModuleType | type, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Give a module or class another function for a while."""
+def replaced(owner: ModuleType | type, name: str, value: Any) -> Iterator[None]:
+    """Give a module or class another function, or what else it has, for a while."""
     original = getattr(owner, name)
-    setattr(owner, name, function)
+    setattr(owner, name, value)
     try:
         yield
     finally:
