@@ -171,12 +171,13 @@ def test_process_settings_are_kept(photos: list[torch.Tensor]) -> None:
 
 
 def test_micro_batch_limits_scratch_memory() -> None:
-    judge = scorer("vsi", "psnr", "ssim", batch_size=16)
+    judge = scorer("vsi", "psnr", "ssim", "fsim", batch_size=16)
     assert judge.micro_batch("psnr", 32, 32) == 16
     large = judge.micro_batch("vsi", 96, 96)
     assert 1 <= large < 16 and large * METRICS["vsi"].scratch * 96 * 96 <= SCRATCH["cpu"]
     assert judge.micro_batch("vsi", 2000, 2000) == 1
-    assert judge.micro_batch("ssim", 32, 32) == 1  # on the CPU
+    assert [judge.micro_batch("fsim", size, size) for size in (32, 96, 256)] == [16, 4, 1]  # on the CPU
+    assert [judge.micro_batch("ssim", size, size) for size in (96, 256, 512)] == [16, 3, 1]
 
 
 class Fake:
