@@ -109,7 +109,9 @@ class SharedHr:
             put(feature.place, functools.partial(self._keep, calls=feature.calls))
         for place in CONSTANTS.get(name, ()):
             put(place, once_a_size)
-        self._replaced = [(*where, function) for where, function in (*libraries.items(), *functions.items())]
+        self._replaced: list[tuple[Any, str, Any]] = [
+            (*where, function) for where, function in (*libraries.items(), *functions.items())
+        ]
 
     def _keep(self, function: Callable[..., Any], calls: str) -> "Kept":
         self._kept.append(Kept(function, calls))
