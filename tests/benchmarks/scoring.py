@@ -2,12 +2,15 @@
 
 Candidates are M noisy and blurred versions of photograph crops. The two ways take turns within one run, and the table
 has the median of each and of their ratio, so that other work on the machine counts on both sides. On the CPU one
-thread, and CPU time. Run: python tests/benchmarks/scoring.py [--trained] [--size 256] [--device cuda]
+thread, and CPU time. Each metric is given decoded images; with --files, all of them then score encoded ones:
+metric(path, path) for each metric and image, and the score stage's functions from its two tars to its table.
+Run: python tests/benchmarks/scoring.py [--files] [--trained] [--size 256] [--device cuda]
 """
 
 import argparse
 import importlib.util
 import io
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +26,9 @@ from dp2osr.images import load_builtin
 from dp2osr.iqa import niqe, pretrained
 from dp2osr.iqa.metric import Scorer
 from dp2osr.metrics import METRICS
+from dp2osr.resume import Parts
+from dp2osr.shards import count_samples, encode_image, write_shard
+from dp2osr.stages import score
 
 PHOTOS = ["pyiqa/I03", "pyiqa/I04", "skimage/coffee", "skimage/chelsea", "pyiqa/I08", "skimage/astronaut"]
 DEFAULT = ["fsim", "gmsd", "nlpd", "niqe", "psnr", "ssim", "piqe"]
@@ -118,6 +124,67 @@ def report(names: list[str], images: torch.Tensor, hr: torch.Tensor, args: argpa
             print(f"{label:10}{median(slow):>12.2f} s{median(fast):>10.2f} s{median(slow / fast):>8.2f}")
 
 
+def write_files(images: torch.Tensor, hr: torch.Tensor, folder: Path) -> list[tuple[Path, Path]]:
+    """Write each image (B, 3, H, W) and the HR images as PNG, and the score stage's tars; return the paths of pairs."""
+    names: dict[bytes, str] = {}
+    pairs, candidates = [], []
+    for index, (image, reference) in enumerate(zip(images, hr, strict=True)):
+        encoded = encode_image(image)
+        group = names.setdefault(encode_image(reference), f"hr{len(names)}")
+        (folder / f"{index}.png").write_bytes(encoded)
+        pairs.append((folder / f"{index}.png", folder / f"{group}.png"))
+        notes = json.dumps({"group_id": group, "rollout": index}).encode()
+        candidates.append((f"{index:06d}", {"json": notes, "png": encoded}))
+    for data, group in names.items():
+        (folder / f"{group}.png").write_bytes(data)
+    write_shard(folder / "lr.tar", [(group, {"hr.png": data}) for data, group in names.items()])
+    write_shard(folder / "candidates.tar", candidates)
+    return pairs
+
+
+def plain_files(judge: Scorer, pairs: list[tuple[Path, Path]]) -> np.ndarray:
+    """Return scores (metrics, B): each metric reads both files of each pair, an NR metric one."""
+
+    def one(name: str, pair: tuple[Path, Path]) -> float:
+        return float(judge._models[name](*map(str, pair[: 1 + (METRICS[name].kind == "fr")])))
+
+    return np.array([[one(name, pair) for pair in pairs] for name in judge.names])
+
+
+def stage_files(judge: Scorer, folder: Path) -> np.ndarray:
+    """Return scores (metrics, B): the score stage's way from its tars to its table."""
+    tar, parts = folder / "candidates.tar", Parts(folder / "scores.parquet", "benchmark")
+    hr = score.HrImages(folder / "lr.tar") if judge.needs_hr else None
+    chunks = score.prepare(score.read_candidates(tar), tar, hr, parts, pin=judge.device.type == "cuda")
+    frame = score.score_all(chunks, judge, parts, num_candidates=count_samples(tar))
+    parts.clear()
+    return frame.pivot(index="metric", columns="rollout", values="score").loc[judge.names].to_numpy()
+
+
+def report_files(
+    names: list[str], images: torch.Tensor, hr: torch.Tensor, args: argparse.Namespace, model: Path
+) -> None:
+    """Print a line for all metrics, each of both ways from encoded images."""
+    device = torch.device(args.device)
+    judge = Scorer(names, device=device, niqe=model, niqe_block=NIQE_BLOCK, batch_size=args.batch_size)
+    other = torch.rand(2, *hr.shape[1:])
+    slow, fast, difference = [], [], 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pairs = write_files(images, hr, folder)
+        plain_files(judge, pairs[:1])
+        for _ in range(args.repeats):
+            judge.score(other, other)
+            single, seconds = timed(lambda: plain_files(judge, pairs), device)
+            slow.append(seconds)
+            shared, seconds = timed(lambda: stage_files(judge, folder), device)
+            fast.append(seconds)
+            difference = max(difference, float(np.abs(single - shared).max()))
+    ratio = median(a / b for a, b in zip(slow, fast, strict=True))
+    print(f"{'from files: ' + ', '.join(names)}")
+    print(f"{'':10}{median(slow):>12.2f} s{median(fast):>10.2f} s{ratio:>8.2f}{difference:>20.1e}", flush=True)
+
+
 def parse_args() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -127,6 +194,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--files", action="store_true", help="from encoded images too")
     parser.add_argument("--trained", action="store_true", help="true networks with random weights instead")
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS], metavar="NAME", help="instead of the default set")
     return parser.parse_args()
@@ -147,7 +215,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "niqe.mat"
         niqe.save(model, *niqe.fit(crops, block_size=NIQE_BLOCK, sharpness=0.0), block_size=NIQE_BLOCK)
-        report(args.metrics or (TRAINED if args.trained else DEFAULT), images, hr, args, model)
+        names = args.metrics or (TRAINED if args.trained else DEFAULT)
+        report(names, images, hr, args, model)
+        if args.files:
+            for some in ([name for name in names if METRICS[name].kind == "fr"], names):
+                report_files(some, images, hr, args, model)
 
 
 if __name__ == "__main__":

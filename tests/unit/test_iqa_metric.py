@@ -2,6 +2,9 @@
 
 import io
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +93,7 @@ def test_every_metric_without_weights_has_a_published_value() -> None:
 
 
 def test_psnr_is_on_rgb_and_on_the_y_of_ycbcr(photos: list[torch.Tensor], distorted: list[torch.Tensor]) -> None:
-    """By hand, in 8 bit: no border is cropped, and Y = 16 + 65.481 R + 128.553 G + 24.966 B."""
+    """By hand, in 8 bit: no border is cropped, Y = 16 + 65.481 R + 128.553 G + 24.966 B, 1e-8 is added to the error."""
     hr, image = photos[2].double(), distorted[2].double()
     found = scorer("psnr", "psnr_y", "ssim_y", "ssim").score(distorted[2][None], photos[2][None])
     luma = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64)[:, None, None] / 255
@@ -173,12 +176,39 @@ def test_process_settings_are_kept(photos: list[torch.Tensor]) -> None:
 
 
 def test_micro_batch_limits_scratch_memory() -> None:
-    judge = scorer("vsi", "psnr", "ssim", batch_size=16)
+    judge = scorer("vsi", "psnr", "ssim", "fsim", batch_size=16)
     assert judge.micro_batch("psnr", 32, 32) == 16
     large = judge.micro_batch("vsi", 96, 96)
     assert 1 <= large < 16 and large * METRICS["vsi"].scratch * 96 * 96 <= SCRATCH["cpu"]
     assert judge.micro_batch("vsi", 2000, 2000) == 1
-    assert judge.micro_batch("ssim", 32, 32) == 1  # on the CPU
+    assert [judge.micro_batch("fsim", size, size) for size in (32, 96, 256)] == [16, 8, 1]  # on the CPU
+    assert [judge.micro_batch("ssim", size, size) for size in (96, 256, 512)] == [16, 3, 1]
+
+
+PAGING = """
+import resource, torch
+from dp2osr.iqa.metric import _keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        tensors = [torch.ones(2**20) for _ in range(6)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+before = faults(), faults()
+_keep_freed_memory()
+print(before[1], (faults(), faults())[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept() -> None:
+    """Four times 24 MiB are 24,576 pages of 4 KiB, each paged in anew by a process as it starts."""
+    run = subprocess.run([sys.executable, "-c", PAGING], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, run.stdout.split())
+    assert kept < 100 and kept < fresh
 
 
 class Fake:

@@ -10,7 +10,7 @@ import torch
 
 import random_metrics
 from dp2osr.iqa import metric as metric_module
-from dp2osr.iqa import pretrained
+from dp2osr.iqa import pretrained, shared
 from dp2osr.iqa.metric import Scorer
 from dp2osr.iqa.shared import CONSTANTS, FEATURES, Kept, _find, once_a_size
 from dp2osr.metrics import METRICS
@@ -42,14 +42,18 @@ def _random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Count how many images go through each function of FEATURES of the Scorers that a test makes."""
+    """Count how many images go through each function of FEATURES of the Scorers that a test makes.
+
+    Without the kernels that replace some of these functions: they have a test of their own.
+    """
+    monkeypatch.setattr(shared, "KERNELS", {})
     seen: Counter[str] = Counter()
     create = metric_module._create
 
     def counting(name: str, *args: Any) -> Any:
         model = create(name, *args)
         for feature in FEATURES.get(name, ()):
-            owner, key = _find(feature.place, model)
+            owner, key = _find(feature.place, model, {})
             monkeypatch.setattr(owner, key, count(getattr(owner, key), feature.place))
         return model
 
@@ -85,7 +89,7 @@ def test_scores_are_pyiqas_and_an_hr_image_is_computed_once(name: str, counted: 
     assert len({round(value, 7) for value in single}) > ROLLOUTS
     for place, plain in counted.items():
         calls = next(feature.calls for feature in FEATURES[name] if feature.place == place)
-        share = calls.count("h") / len(calls)
+        share = (calls.count("h") + calls.count("b")) / len(calls)
         wanted = plain * (1 - share) + plain * share * len(hr) / len(images)
         assert seen[place] == (plain / 2 if "r" in calls else round(wanted)), place
 
@@ -131,6 +135,19 @@ def test_kept_only_for_equal_arguments() -> None:
     assert run([1, 2]) == 2  # no single HR image: as without memory
     assert run([2, 2], factor=3.0) == 0
     assert run([float("nan")]) == 1 and run([3]) == 1
+
+
+def test_one_hr_image_may_stand_for_the_batch() -> None:
+    """b: the HR image's result is not repeated for each candidate; where HR images differ, all are computed."""
+    kept = Kept(double, "cb")
+
+    def run(hr: list[float]) -> list[float]:
+        images = torch.tensor(hr).reshape(-1, 1, 1, 1)
+        kept.begin()
+        assert len(kept(images + 7)) == len(images)
+        return list(kept(images).flatten().tolist())
+
+    assert [run([1, 1, 1]), run([1, 1]), run([1, 2])] == [[2], [2], [2, 4]]
 
 
 def test_a_size_is_computed_once() -> None:

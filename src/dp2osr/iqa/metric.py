@@ -1,8 +1,9 @@
 """Scores of images by pyiqa's metrics, batched where that does not change a value.
 
 Every score is what pyiqa's `create_metric(name)` returns. What is shared is work that pyiqa repeats: what a metric
-computes of the HR image alone is computed once for all candidates beside it (iqa/shared.py). Importing pyiqa takes
-seconds, so it happens when a Scorer is made.
+computes of the HR image alone is computed once for all candidates beside it (iqa/shared.py). A few functions that are
+slow on the CPU are computed faster to the same numbers (iqa/kernels.py). Importing pyiqa takes seconds, so it happens
+when a Scorer is made.
 """
 
 import contextlib
@@ -25,9 +26,10 @@ LOG = logging.getLogger("iqa")
 # Largest temporary tensor in bytes. On the CPU, the allocator returns blocks of 32 MiB and more to the system at once,
 # and paging them in again costs several times the arithmetic.
 SCRATCH = {"cpu": 30 * 2**20, "cuda": 2**30}
-# On the CPU, torch unfolds all images of a float64 convolution at once (121 numbers a pixel for SSIM's window), past
-# the processor's cache: one by one is faster.
-UNFOLDING = ("ssim", "ms_ssim")
+LARGEST_KEPT = 31 * 2**20  # bytes: a block that size still comes from memory that glibc may keep
+# Bytes a pixel of one image by which the CPU's batch is measured, where not by the table's, under pyiqa's name: SSIM's
+# window is not unfolded there (iqa/kernels.py); FSIM has many large tensors at once, which in sum are paged as above.
+CPU_PIXEL = {"ssim": 128, "ms_ssim": 128, "fsim": 384}
 # What libraries say, other than torch.OutOfMemoryError and MemoryError, where memory is short.
 OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "STATUS_ALLOC_FAILED")
 OVERWRITING = ("afine_fr", "afine_nr")  # pyiqa's A-FINE normalises the images it is given in place
@@ -72,6 +74,8 @@ class Scorer:
         with _settings_kept():
             self._models = {name: _create(name, device, niqe, niqe_block, vqr1) for name in self.names}
         self._shared = {name: SharedHr(model) for name, model in self._models.items()}
+        if device.type == "cpu":
+            _keep_freed_memory()
         self._limits: dict[tuple[str, int, int], int] = {}  # batches that memory allowed, by metric and image size
 
     @property
@@ -109,10 +113,11 @@ class Scorer:
     def micro_batch(self, name: str, height: int, width: int) -> int:
         """Return how many images of this size (pixels) go through `name` at once."""
         metric = METRICS[name]
-        unfolding = self.device.type == "cpu" and getattr(self._models[name], "metric_name", "") in UNFOLDING
-        if not metric.batch_safe or unfolding:
+        if not metric.batch_safe:
             return 1
-        fitting = SCRATCH[self.device.type] // metric.temporary(height, width)
+        pixel = CPU_PIXEL.get(getattr(self._models[name], "metric_name", "")) if self.device.type == "cpu" else None
+        temporary = metric.temporary(height, width) if pixel is None else pixel * height * width
+        fitting = SCRATCH[self.device.type] // temporary
         return max(1, min(self.batch_size, fitting, self._limits.get((name, height, width), self.batch_size)))
 
     def _beside(self, candidates: torch.Tensor, hr: torch.Tensor | Sequence[torch.Tensor] | None) -> list[Reference]:
@@ -198,6 +203,15 @@ def statuses(values: np.ndarray, *, too_small: bool) -> list[str]:
     if too_small:
         return ["too_small"] * len(values)
     return ["nan" if np.isnan(value) else "inf" if np.isinf(value) else "ok" for value in values]
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next tensor.
+
+    It returns what is free beyond twice the largest block that was ever freed, up to 32 MiB: at first 128 KiB, so that
+    each batch's tensors are paged in again, which takes FSIM as long as the arithmetic. Other allocators are unmoved.
+    """
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
 
 
 def _equal(image: torch.Tensor, other: torch.Tensor) -> bool:

@@ -15,11 +15,13 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from dp2osr.iqa.kernels import KERNELS, Wrap
 from dp2osr.iqa.pretrained import replaced
 
 
@@ -28,6 +30,8 @@ class Feature:
     """A function of one image: `module.function` of pyiqa.archs, or `net.…` of the metric.
 
     calls: whose image its calls in one run of the metric are for, again and again: c the candidates', h the HR image's;
+    b: the HR image's too, where the metric needs no copy for each candidate: one image, which torch broadcasts, so that
+    what the metric computes of it further on is computed of one image;
     r: nobody's, for the metric does not use what it computes of it, so the result of the call before is repeated.
     """
 
@@ -35,19 +39,19 @@ class Feature:
     calls: str = "ch"
 
 
-SSIM = (Feature("ssim_arch.filter2", "chchc"),)  # of X, Y, X², Y² and XY, at each scale
+SSIM = Feature("ssim_arch.filter2", "chchc")  # of X, Y, X², Y² and XY, at each scale
 FEATURES: dict[str, tuple[Feature, ...]] = {
-    "ssim": SSIM,
-    "ms_ssim": SSIM,
-    "fsim": (Feature("fsim_arch._phase_congruency"), Feature("fsim_arch.rgb2yiq")),
+    "ssim": (Feature("func_util.to_y_channel", "cb"), SSIM),
+    "ms_ssim": (Feature("func_util.to_y_channel"), SSIM),
+    "fsim": (Feature("fsim_arch._phase_congruency"), Feature("fsim_arch.rgb2yiq", "cb")),
     "vif": (
         Feature("vif_arch.SteerablePyramidSpace"),
         Feature("net.corrDn_win", "hcchc"),
         Feature("net.refparams_vecgsm", "h"),
     ),
     "vsi": (Feature("vsi_arch.sdsp"), Feature("vsi_arch.rgb2lmn")),
-    "gmsd": (Feature("gmsd_arch.to_y_channel"),),
-    "nlpd": (Feature("net.pyramid"),),
+    "gmsd": (Feature("gmsd_arch.to_y_channel", "cb"),),
+    "nlpd": (Feature("nlpd_arch.to_y_channel", "cb"), Feature("net.pyramid")),
     "mad": (Feature("mad_arch.gaborconvolve", "hc"), Feature("mad_arch.ical_stat", "hc")),
     "lpips": (Feature("net.net.forward", "hc"),),
     "topiq_fr": (Feature("net.semantic_model.forward"),),
@@ -57,34 +61,70 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
 }
 # Functions of the image's size alone, which pyiqa computes anew for each batch.
 CONSTANTS: dict[str, tuple[str, ...]] = {
+    "ssim": ("ssim_arch.fspecial",),
+    "ms_ssim": ("ssim_arch.fspecial",),
     "fsim": ("fsim_arch._construct_filters",),
     "vif": ("vif_arch.sp5_filters",),
     "vsi": ("vsi_arch._log_gabor",),
     "mad": ("mad_arch.make_csf",),
 }
+# Functions of the metric's own filters, or of these (h) and of images (c) in turn: what they return of filters is kept.
+FILTERS: dict[str, tuple[Feature, ...]] = {
+    "fsim": (Feature("fsim_arch.torch.fft.ifft2", "hc"),),
+    "nlpd": (Feature("nlpd_arch.tf.rotate", "h"),),
+}
 SIZES = 4  # image sizes whose constants are kept
 
 
+class Library:
+    """A library as one module of pyiqa sees it: the same, but for the functions that are set here."""
+
+    def __init__(self, library: ModuleType) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the library has."""
+        return getattr(self._library, name)
+
+
+Libraries = dict[tuple[Any, str], Library]  # by the module that sees it and its name there
+
+
 class SharedHr:
-    """The functions of one metric, with a memory; without effect for a metric that is not in the tables above."""
+    """The functions of one metric, with a memory or faster; without effect for a metric that is not in the tables."""
 
     def __init__(self, model: Any) -> None:
         name = getattr(model, "metric_name", "")  # pyiqa's, of whatever variant
-        features, constants = FEATURES.get(name, ()), CONSTANTS.get(name, ())
-        self._features = [(*_find(feature.place, model), feature.calls) for feature in features]
-        self._kept = [Kept(getattr(owner, key), calls) for owner, key, calls in self._features]
-        self._constants = [_find(place, model) for place in constants]
-        self._once = [once_a_size(getattr(owner, key)) for owner, key in self._constants]
+        libraries: Libraries = {}
+        functions: dict[tuple[Any, str], Callable[..., Any]] = {}
+        self._kept: list[Kept] = []
+
+        def put(place: str, wrap: Wrap) -> None:
+            where = _find(place, model, libraries)
+            functions[where] = wrap(functions.get(where, getattr(*where)))
+
+        for place, faster in KERNELS.get(name, {}).items():
+            put(place, faster)
+        for feature in (*FEATURES.get(name, ()), *FILTERS.get(name, ())):
+            put(feature.place, functools.partial(self._keep, calls=feature.calls))
+        for place in CONSTANTS.get(name, ()):
+            put(place, once_a_size)
+        self._replaced: list[tuple[Any, str, Any]] = [
+            (*where, function) for where, function in (*libraries.items(), *functions.items())
+        ]
+
+    def _keep(self, function: Callable[..., Any], calls: str) -> "Kept":
+        self._kept.append(Kept(function, calls))
+        return self._kept[-1]
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Replace the functions while the metric scores one batch beside one HR image."""
         with contextlib.ExitStack() as stack:
-            for (owner, key, _), kept in zip(self._features, self._kept, strict=True):
+            for kept in self._kept:
                 kept.begin()
-                stack.enter_context(replaced(owner, key, kept))
-            for (owner, key), once in zip(self._constants, self._once, strict=True):
-                stack.enter_context(replaced(owner, key, once))
+            for owner, key, function in self._replaced:
+                stack.enter_context(replaced(owner, key, function))
             yield
 
     def forget(self) -> None:
@@ -133,7 +173,9 @@ class Kept:
             known = _map(torch.clone, one)
             result = self._function(*one[0], **one[1])
             self._memory[call] = (known, result)
-        return result if batch == 1 else _map(lambda part: part.expand(batch, *part.shape[1:]), result)
+        if batch == 1 or whose == "b":
+            return result
+        return _map(lambda part: part.expand(batch, *part.shape[1:]), result)
 
 
 def once_a_size(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,11 +194,16 @@ def once_a_size(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _find(place: str, model: Any) -> tuple[Any, str]:
-    """Return the owner of a function and its name there."""
+def _find(place: str, model: Any, libraries: Libraries) -> tuple[Any, str]:
+    """Return the owner of a function and its name there; `libraries` gets those on the way, for this module alone."""
     root, *path, name = place.split(".")
     owner = getattr(model, root) if root == "net" else importlib.import_module(f"pyiqa.archs.{root}")
-    return functools.reduce(getattr, path, owner), name
+    for step in path:
+        part = getattr(owner, step)
+        if isinstance(part, ModuleType):
+            part = libraries.setdefault((owner, step), Library(part))
+        owner = part
+    return owner, name
 
 
 def _map(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
