@@ -36,7 +36,7 @@ def create(name: str, device: torch.device) -> Any:
     try:
         return load(name, device, folder=folder, offline=folder is not None)
     except Exception as error:  # pyiqa's metrics load through five libraries, each with errors of its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         where = f"the weights cache {folder}" if folder else f"{_default_places()}, and they could not be downloaded"
         raise UserError(f"metric '{name}': no weights in {where} ({reason}); {weights.remedy(folder)}") from error
 
