@@ -6,25 +6,21 @@ what else the folder's generation_config.json says, such as a penalty on repetit
 strictly: whatever is no number from 1.00 to 5.00 in the answer tag is no score.
 """
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-from transformers.utils.logging import disable_progress_bar
 
 from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.errors import UserError
+from dp2osr.models import folders
 from dp2osr.shards import to_uint8
 from dp2osr.weights import locate
 
 LOG = logging.getLogger("iqa")
-SAFE = {"local_files_only": True, "trust_remote_code": False}
 # The prompt of the paper's Table 1, word for word: the model was trained on it.
 PROMPT = (
     "You are doing the image quality assessment task. Here is the question: What is your overall rating on the quality "
@@ -34,8 +30,6 @@ PROMPT = (
 )
 _ANSWER = re.compile(r"\s*<answer>\s*([1-5]\.[0-9]{2})\s*</answer>\s*")
 SHOWN = 120  # characters of an answer that are logged where it holds no score
-
-disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
 
 
 def parse_score(text: str) -> float:
@@ -53,11 +47,10 @@ class VisualQuality(nn.Module):
         self.folder = locate(settings.model)
         if not self.folder.is_dir():
             raise UserError(f"metric 'vqr1': model {self.folder}: no such folder (iqa.vqr1.model)")
-        with _one_line(f"metric 'vqr1': model {self.folder}"):
-            self.processor: Any = Qwen2_5_VLProcessor.from_pretrained(self.folder, **SAFE)
-            self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                self.folder, dtype=torch.bfloat16, use_safetensors=True, **SAFE
-            )
+        what = "metric 'vqr1': model"
+        self.processor: Any = folders.load(Qwen2_5_VLProcessor, self.folder, what=what)
+        options = {"dtype": torch.bfloat16, "use_safetensors": True}
+        self.model: Any = folders.load(Qwen2_5_VLForConditionalGeneration, self.folder, what=what, **options)
         if not self.processor.chat_template:
             raise UserError(f"metric 'vqr1': model {self.folder}: no chat template, wanted Qwen2.5-VL's files")
         self.model.to(device).requires_grad_(False).eval()
@@ -85,13 +78,3 @@ class VisualQuality(nn.Module):
         found = self.model.generate(**inputs, num_beams=1, max_new_tokens=self.max_tokens)
         said = found[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.tokenizer.decode(said, skip_special_tokens=True))
-
-
-@contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turn what transformers raises for a folder that is no such model into one UserError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{what}: cannot be loaded ({first}); wanted Qwen2.5-VL in transformers' layout") from None

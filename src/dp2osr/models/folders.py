@@ -13,10 +13,10 @@ SAFE = {"local_files_only": True, "trust_remote_code": False}
 disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
 
 
-def load(kind: Any, folder: Path, *, what: str) -> Any:
-    """Load a part of a model, by an auto class of transformers; raises UserError naming `what` and the folder."""
+def load(kind: Any, folder: Path, *, what: str, **options: Any) -> Any:
+    """Load a part of a model by a class of transformers, with its options; UserError names `what` and the folder."""
     try:
-        return kind.from_pretrained(folder, **SAFE)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        return kind.from_pretrained(folder, **options, **SAFE)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{what} {folder}: cannot be loaded ({first}); wanted transformers' layout") from None
