@@ -129,7 +129,9 @@ def smallest(directory: Path, model: Path) -> Workflow:
     """Return the workflow of tests/data/smallest.yaml on the model in `model` (tests/tiny.py)."""
     directory.mkdir(parents=True, exist_ok=True)
     overlay = directory / "model.json"
-    overlay.write_text(json.dumps({"policy_defaults": {"model": str(model), "control": str(model / "controlnet")}}))
+    text = json.dumps({"policy_defaults": {"model": str(model), "control": str(model / "controlnet")}})
+    if not overlay.exists() or overlay.read_text() != text:  # another worker may be reading it
+        overlay.write_text(text)
     return Workflow(directory, [CONFIG, SMALLEST, overlay])
 
 
