@@ -3,7 +3,7 @@ import math
 import shlex
 import sys
 
-from dp2osr import config_datasets, remote, stopping, weights
+from dp2osr import config_datasets, preempted, remote, stopping, weights
 from dp2osr.plan import images_a_step
 
 
@@ -28,6 +28,8 @@ shell.prefix(
 
 if workflow.remote_exec:  # Snakemake inside a cluster job
     stopping.forward()
+else:
+    preempted.count_as_cancelled(workflow)
 
 
 wildcard_constraints:
