@@ -2,8 +2,11 @@
 
 import contextlib
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +31,13 @@ SHORT = ["--set-resources", "rollout:runtime=2*attempt", "rollout:slurm_extra='-
 START_S = 400  # until a job's stage works
 
 POLICY = "results/runs/default/policy"
+TRAIN = "dp2osr.stages.train"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAIN_LOG = "results/logs/runs/default/train.log"
 TWO_NODES = {"limits": {"train_nodes": 2}}
 # Steps enough to be in the midst of them; a checkpoint is there only where a signal asked for it.
-LONGER = {"runs": {"default": {"train": {"steps": 60, "checkpoint_every": 1000, "guard": {"every": 0}}}}}
+LONGER = {"runs": {"default": {"train": {"steps": 12, "checkpoint_every": 1000, "guard": {"every": 0}}}}}
+ONE_THREAD = ["--set-threads", "train=1"]  # two processes, two cores, and other work
 
 
 @pytest.fixture
@@ -143,11 +149,9 @@ def two_nodes(workflow: ClusterWorkflow, monkeypatch: pytest.MonkeyPatch) -> Clu
     return workflow
 
 
-def assert_same_course(found: Path, wanted: Path) -> None:
-    """Check that two results folders hold the log of the same training, up to rounding."""
-    logs = [tables.read(folder / "runs/default/train_log.parquet", tables.TRAIN_LOG) for folder in (found, wanted)]
-    left, right = (log.drop(columns="pairs_per_second") for log in logs)
-    pd.testing.assert_frame_equal(left, right, rtol=1e-3, atol=1e-5)
+def train_log(results: Path) -> pd.DataFrame:
+    """Return the log of a results folder's training, without what the clock says."""
+    return tables.read(results / "runs/default/train_log.parquet", tables.TRAIN_LOG).drop(columns="pairs_per_second")
 
 
 def test_training_on_two_nodes(two_nodes: ClusterWorkflow, smallest: Workflow, slurm: Slurm) -> None:
@@ -158,7 +162,8 @@ def test_training_on_two_nodes(two_nodes: ClusterWorkflow, smallest: Workflow, s
     assert [line.split()[1:] for line in jobs if line.split()[0] == str(two_nodes.directory)] == [
         ["sim[1-2]", "COMPLETED"]
     ]
-    assert_same_course(two_nodes.directory / "results", smallest.directory / "results")
+    found, wanted = (train_log(folder / "results") for folder in (two_nodes.directory, smallest.directory))
+    pd.testing.assert_frame_equal(found, wanted, rtol=1e-3, atol=1e-5)
     assert (two_nodes.directory / TRAIN_LOG).read_text().count("device cpu") == 2
 
 
@@ -201,30 +206,44 @@ class Spread:
         steps = re.findall(r"step (\d+): stopped by SIGTERM", self.log())
         kept = list((self.workflow.directory / "results/runs/default/checkpoints").glob("*/step-*"))
         assert not alive and len(steps) == 2 and steps[0] == steps[1], self.log()
-        assert int(steps[0]) < 60 and f"step-{int(steps[0]):06d}" in {path.name for path in kept}
+        assert int(steps[0]) < 12 and f"step-{int(steps[0]):06d}" in {path.name for path in kept}
         return int(steps[0])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(smallest: Workflow, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the results of a longer training by one process on this machine."""
+    """Return the results of a longer training by two processes of one launcher, without SLURM."""
     folder = tmp_path_factory.mktemp("longer") / "run"
     shutil.copytree(smallest.directory, folder, symlinks=True)
-    workflow_rig.smallest(folder, tiny_model).run(POLICY, changes=LONGER)
+    local = workflow_rig.smallest(folder, tiny_model)
+    said = local.snakemake("--dry-run", "--printshellcmds", "--", POLICY, changes=LONGER).stdout
+    found = re.search(rf"python (-m {TRAIN} .*) 2> ", said)
+    assert found, said[-3000:]
+    command = f"OMP_NUM_THREADS=1 {shlex.quote(sys.executable)} {found[1]} --processes 2"
+    subprocess.run(command, shell=True, cwd=folder, check=True, timeout=400)
     return folder / "results"
+
+
+def snakemakes_above_srun(workflow: ClusterWorkflow) -> list[psutil.Process]:
+    """Return the processes of Snakemake in the job of a training on several nodes: SLURM's own, and what it starts."""
+    (srun, *_) = (each for each in workflow.slurm.processes() if each.name() == "srun" and TRAIN in each.cmdline())
+    return [each for each in srun.parents() if "snakemake" in each.cmdline()]
 
 
 def test_two_nodes_told_and_killed(two_nodes: ClusterWorkflow, undisturbed: Path, slurm: Slurm) -> None:
     """Warned, preempted, and one process lost: each try ends soon and the next one goes on, to the same policy."""
-    with two_nodes.driver(POLICY, "--retries", "3", changes=LONGER | TWO_NODES) as driver:
+    with two_nodes.driver(POLICY, *ONE_THREAD, "--retries", "3", changes=LONGER | TWO_NODES) as driver:
         training = Spread(two_nodes, driver)
-        processes = training.begun("step 1 of 60")
+        processes = training.begun("step 1 of 12")
         processes[1].send_signal(signal.SIGSTOP)  # the other one waits for it
+        for each in snakemakes_above_srun(two_nodes):
+            each.terminate()
         slurm.client("scancel", "--signal=TERM", training.jobs[-1])  # as `--signal=TERM@120` before the time limit
         wait_for(lambda: pending(processes[1]), "SIGTERM", 60)
         processes[1].send_signal(signal.SIGCONT)
         kept = training.stopped(processes)
         processes = training.begun(f"going on from step {kept} ")
+        processes[1].send_signal(signal.SIGSTOP)  # a preemption lets it go on
         command = ["sbatch", "--parsable", "-p", "urgent", "-w", "sim2", "--exclusive", "--output=/dev/null"]
         urgent = slurm.client(*command, "--wrap", "sleep 3").strip()
         kept = training.stopped(processes)
@@ -235,5 +254,9 @@ def test_two_nodes_told_and_killed(two_nodes: ClusterWorkflow, undisturbed: Path
         two_nodes.finish(driver, timeout=500)
     assert [slurm.state(job) for job in training.jobs] == ["FAILED"] * 3 and slurm.state(urgent) == "COMPLETED"
     assert training.log().count(f"going on from step {kept} ") == 2
-    assert_same_course(two_nodes.directory / "results", undisturbed)
+    pd.testing.assert_frame_equal(train_log(two_nodes.directory / "results"), train_log(undisturbed), check_exact=True)
+    found, wanted = (
+        folder / "runs/default/policy" / WEIGHTS for folder in (two_nodes.directory / "results", undisturbed)
+    )
+    assert found.read_bytes() == wanted.read_bytes()
     two_nodes.assert_left_clean()
