@@ -201,12 +201,12 @@ class Spread:
         return path.read_text() if path.exists() else ""
 
     def stopped(self, processes: list[psutil.Process]) -> int:
-        """Wait until SIGTERM has ended both; return the step that both name, and of which the only checkpoint is."""
+        """Wait until SIGTERM has ended both; return the step that both name, and of which the newest checkpoint is."""
         _, alive = psutil.wait_procs(processes, timeout=60)
         steps = re.findall(r"step (\d+): stopped by SIGTERM", self.log())
-        kept = list((self.workflow.directory / "results/runs/default/checkpoints").glob("*/step-*"))
-        assert not alive and len(steps) == 2 and steps[0] == steps[1], self.log()
-        assert int(steps[0]) < 12 and f"step-{int(steps[0]):06d}" in {path.name for path in kept}
+        kept = (self.workflow.directory / "results/runs/default/checkpoints").glob("*/step-*")
+        assert not alive and len(steps) == 2 and steps[0] == steps[1] != "12", self.log()
+        assert max(path.name for path in kept) == f"step-{int(steps[0]):06d}"
         return int(steps[0])
 
 
