@@ -163,7 +163,9 @@ def test_training_on_two_nodes(two_nodes: ClusterWorkflow, smallest: Workflow, s
         ["sim[1-2]", "COMPLETED"]
     ]
     found, wanted = (train_log(folder / "results") for folder in (two_nodes.directory, smallest.directory))
-    pd.testing.assert_frame_equal(found, wanted, rtol=1e-3, atol=1e-5)
+    steep = ["loss", "abs_logit", "grad_norm"]  # z is beta / 2 = 2500 times a difference of errors, rounded at 1e-7
+    pd.testing.assert_frame_equal(found.drop(columns=steep), wanted.drop(columns=steep), rtol=1e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(found[steep], wanted[steep], rtol=1e-3, atol=2500 * 1e-7)
     assert (two_nodes.directory / TRAIN_LOG).read_text().count("device cpu") == 2
 
 
