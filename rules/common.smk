@@ -3,7 +3,7 @@ import math
 import shlex
 import sys
 
-from dp2osr import config_datasets, stopping, weights
+from dp2osr import config_datasets, preempted, remote, stopping, weights
 from dp2osr.plan import images_a_step
 
 
@@ -28,6 +28,8 @@ shell.prefix(
 
 if workflow.remote_exec:  # Snakemake inside a cluster job
     stopping.forward()
+else:
+    preempted.count_as_cancelled(workflow)
 
 
 wildcard_constraints:
@@ -120,8 +122,10 @@ def model_input(policy):
 
 
 def control_arg(policy):
-    return (
-        f"{R}/runs/{policy}/policy"
-        if policy in cfg.runs
-        else cfg.policies[policy].control
-    )
+    """The control branch as stages take it; of one behind an address the copy."""
+    if policy in cfg.runs:
+        return f"{R}/runs/{policy}/policy"
+    control = cfg.policies[policy].control
+    if remote.is_branch(control):
+        return f"{R}/{remote.FOLDER}/{remote.copy_name(control)}"
+    return control

@@ -1,18 +1,19 @@
 from functools import cache
 from glob import glob
 
-from dp2osr import remote
-
 try:
     remote.check(cfg)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-# Where images lie elsewhere: the address of each copy, by its path.
+# Where images and control branches lie elsewhere: the address of each copy, by its path.
 fetched = {
     f"{R}/{name}/{remote.FOLDER}/{remote.copy_name(address)}": address
     for name, dataset in cfg.datasets.items()
     for address in remote.addresses([*dataset.images, *dataset.lr.images])
+} | {
+    f"{R}/{remote.FOLDER}/{remote.copy_name(address)}": address
+    for address in remote.branches(cfg)
 }
 
 
@@ -50,6 +51,18 @@ rule fetch_images:
         runtime=growing(120),
     shell:
         "cp {input:q} {output.file:q}.part 2> {log:q} && mv {output.file:q}.part {output.file:q}"
+
+
+use rule fetch_images as fetch_control with:
+    input:
+        lambda wildcards: stored(fetched[f"{R}/{remote.FOLDER}/{wildcards.file}"]),
+    output:
+        file=f"{R}/{remote.FOLDER}/{{file}}",
+    log:
+        f"{R}/logs/fetch/{{file}}.log",
+    benchmark:
+        f"{R}/benchmarks/fetch/{{file}}.tsv"
+    localrule: True  # `use rule` does not take this over
 
 
 def ingest_files(wildcards):

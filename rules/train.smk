@@ -57,10 +57,16 @@ def train_spread():
     nodes = cfg.limits.train_nodes
     if nodes == 1:
         return {"gpu": num_gpus * cfg.limits.train_gpus, "launcher": ""}
-    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={train_cpus}"
     found = {"nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0, "mpi": "srun"}
     gpus = {"gres": f"gpu:{cfg.limits.train_gpus}"} if num_gpus else {}
-    return found | gpus | {"launcher": f"{srun} --kill-on-bad-exit=1 "}
+    return found | gpus | {"launcher": train_launcher}
+
+
+def train_launcher(wildcards, threads):
+    """srun with as many CPUs a node as the job asks for: also where --set-threads says how many."""
+    nodes = cfg.limits.train_nodes
+    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
+    return f"{srun} --cpus-per-task={threads} --kill-on-bad-exit=1 "
 
 
 # Checkpoints lie beside the policy, undeclared: Snakemake keeps them when the job fails, and the next try goes on.

@@ -5,13 +5,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp2osr import config_datasets, config_downstream, metrics, published, weights
+from dp2osr import config_datasets, config_downstream, metrics, published, remote, weights
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
     from dp2osr.config import Config, PolicySettings, PromptSettings, RunSettings, TrainSettings
 
-RESERVED = frozenset({"benchmarks", "downstream", "logs", "pretrain", "report", "runs"})
+RESERVED = frozenset({"benchmarks", "downstream", "fetched", "logs", "pretrain", "report", "runs"})
 PROMPT_FILES = {
     "tags.ram": "RAM's weights (ram_swin_large_14m.pth)",
     "tags.dape": "DAPE's weights (DAPE.pth), or an empty one",
@@ -74,6 +74,7 @@ def check_references(config: "Config") -> None:
             known(f"report.published.{kind}.{name}", there, published.names(kind))
     _check_downstream(config, models)
     weights.needs(config)  # stops at a `hub:` name that is none
+    remote.check_local(config)
 
 
 def _check_judges(config: "Config") -> None:

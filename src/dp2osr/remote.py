@@ -1,14 +1,16 @@
-"""Images that lie elsewhere: addresses of S3 or HTTP in a data set's `images`, and the copies that the workflow makes.
+"""What lies elsewhere: addresses of S3 or HTTP in a data set's `images` or a policy's `control`, and their copies.
 
-A copy lies in `fetched/` beside images.parquet, under a name that follows from its address. Tables name the address,
-so that no result depends on where a copy is. No network here: Snakemake's storage plugins fetch (rules/ingest.smk).
+A copy lies in `fetched/`, beside images.parquet or at the top of the results, under a name that follows from its
+address. Tables name the address, so that no result depends on where a copy is. No network here: Snakemake's storage
+plugins fetch (rules/ingest.smk).
 """
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dp2osr.errors import UserError
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 PLUGINS = {"s3": "s3", "http": "http", "https": "http"}  # by scheme: snakemake-storage-plugin-NAME
 FOLDER = "fetched"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# Keys of paths that nothing fetches; `control` is one of them unless it is the address of one file.
+LOCAL = frozenset({"annotations", "autoencoder", "backbone", "control", "dape", "images", "lr", "model", "output"})
+LOCAL |= {"ram", "results", "table", "tag_list", "thresholds", "weights"}
 
 
 def is_remote(entry: str) -> bool:
@@ -64,22 +69,61 @@ def local(source: str, copies: Path | None) -> Path:
     return copies / copy_name(source)
 
 
+def is_branch(control: str) -> bool:
+    """Say whether a policy's `control` is an address from which the workflow fetches: that of one file."""
+    return is_remote(control) and urlsplit(control).path.endswith(".safetensors")
+
+
+def branches(config: "Config") -> list[str]:
+    """Return the addresses of the policies' control branches, each once."""
+    return list(dict.fromkeys(policy.control for policy in config.policies.values() if is_branch(policy.control)))
+
+
 def check(config: "Config") -> None:
-    """Check the addresses of all data sets, and that what fetches them is installed; raises UserError with the key."""
+    """Check all addresses that are fetched, and that what fetches them is installed; raises UserError with the key."""
     for name, dataset in config.datasets.items():
-        key = f"config: datasets.{name}.images"
         for entry in filter(is_remote, [*dataset.images, *dataset.lr.images]):
-            parts = urlsplit(entry)
-            if parts.query or parts.fragment or "@" in parts.netloc or "::" in entry:
-                raise UserError(
-                    f"{key}: found '{entry}', wanted an address without credentials, query or '::', since tables record"
-                    " it (docs/storage.md: credentials come from the environment)"
-                )
-            if not parts.netloc or entry.endswith("/") or re.search(r"[*{}]", expand(entry)[0]):
-                raise UserError(f"{key}: found '{entry}', wanted the address of one file, or of many as {{0000..0299}}")
-            module = f"snakemake_storage_plugin_{plugin(entry)}"
-            if find_spec(module) is None:
-                raise UserError(
-                    f"{key}: '{entry}' wants {module.replace('_', '-')}, which is not installed;"
-                    " pip install 'dp2o-sr[storage]'"
-                )
+            _check_address(f"config: datasets.{name}.images", entry)
+    for name, policy in config.policies.items():
+        if is_branch(policy.control):
+            key = f"config: policies.{name}.control"
+            _check_address(key, policy.control)
+            if RANGE.search(policy.control):
+                raise UserError(f"{key}: found '{policy.control}', wanted the address of one file")
+
+
+def _check_address(key: str, entry: str) -> None:
+    parts = urlsplit(entry)
+    if parts.query or parts.fragment or "@" in parts.netloc or "::" in entry:
+        raise UserError(
+            f"{key}: found '{entry}', wanted an address without credentials, query or '::', since tables record"
+            " it (docs/storage.md: credentials come from the environment)"
+        )
+    if not parts.netloc or entry.endswith("/") or re.search(r"[*{}]", expand(entry)[0]):
+        raise UserError(f"{key}: found '{entry}', wanted the address of one file, or of many as {{0000..0299}}")
+    module = f"snakemake_storage_plugin_{plugin(entry)}"
+    if find_spec(module) is None:
+        raise UserError(
+            f"{key}: '{entry}' wants {module.replace('_', '-')}, which is not installed; pip install 'dp2o-sr[storage]'"
+        )
+
+
+def check_local(config: "Config") -> None:
+    """Refuse addresses where a path on disk is wanted, before they are taken for a path; raises UserError."""
+    for key, value in _texts(config.model_dump()):
+        name = key.rpartition(".")[2]
+        if is_remote(value) and name in LOCAL and not (name == "control" and is_branch(value)):
+            copy = f"aws s3 sync {value} FOLDER" if value.startswith("s3:") else "by any means"
+            raise UserError(
+                f"config: {key}: found '{value}', wanted a path on disk. The workflow fetches images, and control "
+                f"branches of one .safetensors file; copy the rest before ({copy}; docs/storage.md)"
+            )
+
+
+def _texts(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield key and value of each text of nested settings; lists are none."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{key}", value

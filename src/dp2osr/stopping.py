@@ -1,7 +1,8 @@
 """SIGTERM, by which a cluster announces that it will kill a job: what is in hand is finished and kept first.
 
 SLURM tells the processes that it started itself, and under Snakemake the stage is none of them: Snakemake hears of it,
-and waits for its job. `forward` makes Snakemake tell the stage. A process may so be told twice.
+and waits for its job. `forward` makes Snakemake tell the stage. A process may so be told twice. Where the job starts a
+step with srun (a training on several nodes), SLURM itself tells the step, and srun must not be told: it kills the step.
 """
 
 import contextlib
@@ -61,8 +62,14 @@ def forward() -> None:
 def _forward(reader: int) -> None:
     import psutil  # Snakemake brings it; stages do without
 
+    def srun(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.name() == "srun"
+        return False
+
     while numbers := os.read(reader, 64):
-        if signal.SIGTERM in numbers:
-            for process in psutil.Process().children(recursive=True):
+        started = psutil.Process().children(recursive=True)
+        if signal.SIGTERM in numbers and not any(srun(process) for process in started):
+            for process in started:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()

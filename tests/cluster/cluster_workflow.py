@@ -84,16 +84,19 @@ class ClusterWorkflow(Workflow):
         assert self.slurm.jobs() == []
         assert list((self.directory / ".snakemake" / "locks").glob("*")) == []
 
-    def payload(self, output: str, node: str = "") -> psutil.Process | None:
-        """Return the stage that makes `output` (on that node, where one is named), once it runs."""
+    def payload(self, output: str) -> psutil.Process | None:
+        """Return the stage that makes `output`, once it runs."""
+        return next(self.payloads(output), None)
+
+    def payloads(self, output: str) -> Iterator[psutil.Process]:
+        """Yield the processes of the stage that makes `output`, on all nodes: of a training launchers, too."""
         for process in self.slurm.processes():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
                 here = process.cwd() == str(self.directory.resolve())
                 runs = line[:2] == [sys.executable, "-m"] or line[1:2] == ["-m"]
-                if here and runs and output in line and process.environ().get("SLURMD_NODENAME", "").startswith(node):
-                    return process
-        return None
+                if here and runs and output in line:
+                    yield process
 
 
 def smallest(directory: Path, model: Path, slurm: Slurm) -> ClusterWorkflow:

@@ -55,6 +55,8 @@ DefMemPerCPU=500
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PreemptMode=CANCEL GraceTime=60
+PartitionName=harsh Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PreemptMode=CANCEL GraceTime=0
+PartitionName=again Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PreemptMode=REQUEUE GraceTime=0
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=9 PreemptMode=OFF
 """
 

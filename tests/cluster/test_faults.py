@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 TRAIN, HOLDOUT = (f"results/{name}/base/candidates/shard-0000.block-000.tar" for name in ("train", "holdout"))
 SCORES = "results/holdout/bicubic/scores/light/shard-0000.block-000.parquet"
+HARSH = ["--set-resources", "rollout:slurm_partition=harsh", "rollout:slurm_extra=''"]  # `again`, REQUEUE, ends alike
 MINUTES = ["--set-resources", "score:runtime=attempt", "score:slurm_extra=''"]
 START_S = 200  # until a job's stage runs: seconds on an idle machine
 
@@ -83,6 +84,19 @@ def test_jobs_killed_cancelled_and_out_of_time(smallest: Workflow, left: Left, s
         workflow.finish(driver, timeout=400)
     assert [slurm.state(job) for job in jobs] == ["FAILED", "CANCELLED", "TIMEOUT"]
     assert_made(workflow, smallest, *outputs)
+
+
+def test_preempted_without_grace(smallest: Workflow, left: Left, slurm: Slurm) -> None:
+    """SLURM calls the job PREEMPTED, for which the plugin by itself would wait for ever (src/dp2osr/preempted.py)."""
+    workflow = left(TRAIN)
+    with workflow.driver(TRAIN, *HARSH) as driver:
+        (process,) = payloads(workflow, driver, TRAIN)
+        job, node = job_of(process), process.environ()["SLURMD_NODENAME"]
+        command = ["sbatch", "--parsable", "-p", "urgent", "-w", node, "--exclusive", "--output=/dev/null"]
+        slurm.client(*command, "--wrap", "sleep 3")
+        workflow.finish(driver, timeout=300)
+    assert slurm.state(job) == "PREEMPTED"
+    assert_made(workflow, smallest, TRAIN)
 
 
 def test_node_lost(smallest: Workflow, left: Left, slurm: Slurm) -> None:

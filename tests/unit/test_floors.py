@@ -26,6 +26,7 @@ LIGHT = (
     "versions",
     "errors",
     "metrics",
+    "preempted",
     "published",
     "remote",
     "resume",

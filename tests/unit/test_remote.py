@@ -49,6 +49,44 @@ def test_refused(entry: str, config_dict: dict[str, Any]) -> None:
         remote.check(config.load(config_dict))
 
 
+BRANCHES = {
+    "s3://b/x.safetensors?versionId=1": "wanted an address without credentials",
+    "s3://b/x-{0..1}.safetensors": "wanted the address of one file",
+}
+
+
+@pytest.mark.parametrize("control", BRANCHES)
+def test_refused_control_branches(control: str, config_dict: dict[str, Any]) -> None:
+    config_dict["policies"]["base"] = {"control": control}
+    with pytest.raises(UserError, match=f"policies.base.control: found .*{BRANCHES[control]}"):
+        remote.check(config.load(config_dict))
+
+
+def test_control_branches_are_fetched_once(config_dict: dict[str, Any]) -> None:
+    config_dict["policy_defaults"]["control"] = "s3://b/c/model.safetensors"
+    known = config.load(config_dict)
+    remote.check(known)
+    assert remote.branches(known) == ["s3://b/c/model.safetensors"]  # of all policies, derived ones too
+
+
+LOCAL = {
+    ("policy_defaults", "model"): "s3://b/sd2",
+    ("policy_defaults", "control"): "s3://b/controlnet",
+    ("pretrain", "backbone"): "https://h/unet",
+    ("results",): "s3://b/results",
+}
+
+
+@pytest.mark.parametrize("keys", LOCAL)
+def test_what_nothing_fetches_is_refused(keys: tuple[str, ...], config_dict: dict[str, Any]) -> None:
+    *parents, key = keys
+    section = config_dict[parents[0]] if parents else config_dict
+    section[key] = LOCAL[keys]
+    with pytest.raises(UserError, match=f"{key}: found '{LOCAL[keys]}', wanted a path on disk") as caught:
+        config.load(config_dict)
+    assert ("aws s3 sync s3://b/" in str(caught.value)) == LOCAL[keys].startswith("s3:")
+
+
 def test_missing_plugin_is_named(config_dict: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config_dict["datasets"]["train"]["images"] = ["s3://b/x.tar"]
     remote.check(config.load(config_dict))

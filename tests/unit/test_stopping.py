@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,20 @@ def test_snakemake_tells_the_stage_and_the_shell_waits(tmp_path: Path) -> None:
         process.terminate()
         assert process.stdout.read() == "code 143\n"
     assert process.returncode == 7
+
+
+def test_srun_is_not_told(tmp_path: Path) -> None:
+    """SLURM tells the step that it starts; srun would kill it."""
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho runs\nread line\necho $line\n")
+    srun.chmod(0o755)
+    command = [sys.executable, "-c", SNAKEMAKE, f"trap : TERM; {srun} || (echo code $?; exit 7)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "runs\n"
+        process.terminate()
+        time.sleep(1)
+        process.stdin.write("done\n")
+        process.stdin.close()
+        assert process.stdout.read() == "done\n"
+    assert process.returncode == 0

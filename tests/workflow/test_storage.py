@@ -1,4 +1,4 @@
-"""Images on S3 and behind HTTP, and results on another disk: a few stages really run."""
+"""Images on S3 and behind HTTP, a control branch on S3, results on another disk: a few stages really run."""
 
 import functools
 import io
@@ -14,10 +14,12 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+import workflow_rig
 from dp2osr import images, tables
 from workflow_rig import CONFIG, SMALLEST, Workflow, count
 
 LR = "results/holdout/lr/shard-0000.tar"
+CANDIDATES = "results/holdout/base/candidates/shard-0000.block-000.tar"
 
 
 def shard(*names: str) -> bytes:
@@ -83,6 +85,30 @@ def test_images_on_s3_and_http(s3: Any, http: tuple[Path, str], tmp_path: Path) 
     gone = {"datasets": {"holdout": {"images": ["s3://photos/set/x-77.tar"]}}}
     done = workflow.snakemake("--dry-run", "--", LR, changes=gone)
     assert done.returncode != 0 and "images: s3://photos/set/x-77.tar: not found" in done.stdout, done.stdout[-3000:]
+
+
+def pictures(path: Path) -> dict[str, bytes]:
+    """Return the images of a shard of candidates by name."""
+    with tarfile.open(path) as tar:
+        members = [member for member in tar if member.name.endswith(".png")]
+        return {member.name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+
+def test_control_branch_on_s3(s3: Any, smallest: Workflow, tiny_model: Path, tmp_path: Path) -> None:
+    """Fetched once, and sampled as the folder that it is of."""
+    branch = (tiny_model / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    s3.put_object(Bucket="photos", Key="c/model.safetensors", Body=branch)
+    shutil.copytree(smallest.directory, tmp_path / "run", symlinks=True)
+    workflow = workflow_rig.smallest(tmp_path / "run", tiny_model)
+    changes = {"policy_defaults": {"control": "s3://photos/c/model.safetensors"}}
+    workflow.run("--rerun-triggers", "mtime", "--", CANDIDATES, changes=changes)  # the embeddings stay as they are
+    (copy,) = (workflow.directory / "results" / "fetched").iterdir()
+    assert copy.name.endswith("-model.safetensors") and copy.read_bytes() == branch
+    found = pictures(workflow.directory / CANDIDATES)
+    assert len(found) == 8 and found == pictures(smallest.directory / CANDIDATES)
+    gone = {"policy_defaults": {"control": "s3://photos/c/other.safetensors"}}
+    done = workflow.snakemake("--dry-run", "--", CANDIDATES, changes=gone)
+    assert done.returncode != 0 and "s3://photos/c/other.safetensors" in done.stdout, done.stdout[-3000:]
 
 
 def test_results_on_another_disk(tmp_path: Path) -> None:
