@@ -16,34 +16,18 @@ import pandas as pd
 import pytest
 from safetensors.torch import load
 
+import training_rig
 from dp2osr import tables
 from dp2osr.errors import UserError
 from dp2osr.stages import train
-from training_rig import DEFAULTS, policy_settings, train_settings, write_files
 
 STEPS = 12
 
 
 def command(model: Path, folder: Path, output: Path, **changes: Any) -> list[str]:
     """Return the arguments of a training with guard whose outputs lie in `output`."""
-    paths = write_files(folder)
-    guard = {"every": 4, "patience": 99, "min_diversity": 0.0, "max_reward_drop": 99.0}
-    settings = train_settings(**{"steps": STEPS, "guard": guard, "learning_rate": 1e-4} | changes)
-    job = {
-        "run": "test",
-        "policy": policy_settings(model).model_dump(),
-        "train": settings.model_dump(),
-        "reward": DEFAULTS["rewards"]["default"] | {"fr": ["psnr"], "nr": ["entropy"]},
-        "niqe_block": 32,
-        "seed": 1,
-        "base_seed": 0,
-    }
-    inputs = ["--pairs", paths["pairs.parquet"], "--encoded", paths["shard-0.tar"], paths["shard-1.tar"]]
-    inputs += ["--embeddings", paths["embeddings.safetensors"], "--reference", model / "controlnet"]
-    inputs += ["--val-lr", paths["lr.tar"], "--val-embeddings", paths["embeddings.safetensors"]]
-    inputs += ["--val-scales", paths["scales.parquet"], "--device", "cpu", "--config", json.dumps(job)]
-    outputs = ["--policy", output / "policy", "--train-log", output / "train_log.parquet"]
-    return [str(part) for part in (*inputs, *outputs, "--validation", output / "validation.parquet")]
+    base = {"steps": STEPS, "guard": {"every": 4, **training_rig.LENIENT}, "learning_rate": 1e-4}
+    return training_rig.command(model, folder, output, **base | changes)
 
 
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
