@@ -18,6 +18,7 @@ import sharded_rig
 from dp2osr.training import launch
 from training_rig import LENIENT, command
 
+pytestmark = pytest.mark.timeout(400)  # processes that wait for each other would do so for ever
 BASE = {"steps": 2, "beta": 50.0, "learning_rate": 1e-4, "checkpoint_every": 1000}
 # 3 groups of 4 images, one perhaps of 3, for 2 processes: two turns and one, each of two passes; 3 validation images
 GROUPS = {"groups_per_step": 3, "micro_batch": 3, "gradient_checkpointing": True, "guard": {"every": 2, **LENIENT}}
@@ -25,8 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sd-groups": {**GROUPS, "sampling": {"guidance": 2.0}},
     "flow-groups": {**GROUPS, "sampling": {"true_guidance": 2.0}},
     "flow-pairs": {"batching": "pairs", "pairs_per_step": 5, "accumulation": 2, "micro_batch": 3, "ema_decay": 0.5},
-    "sd-alone": {"groups_per_step": 1},  # the second process never has a unit
-    "flow-half": {"precision": "bf16", "sampling": {"dtype": "bfloat16"}, "gradient_checkpointing": True},
+    "sd-alone": {"groups_per_step": 1, "steps": 1},  # the second process never has a unit
+    "flow-half": {"precision": "bf16", "sampling": {"dtype": "bfloat16"}, "gradient_checkpointing": True, "steps": 1},
     "sd-resumed": {"batching": "pairs", "pairs_per_step": 3, "steps": 3, "ema_decay": 0.5},
     "sd-broken": {},
 }

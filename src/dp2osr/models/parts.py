@@ -88,12 +88,11 @@ def load_backbone(
     kind: Any, folder: Path, part: str, *, device: torch.device, dtype: torch.dtype, sharded: bool
 ) -> Any:
     """Load and freeze a UNet or transformer; `sharded`, this process keeps its share alone (models/sharding.py)."""
+    # without a dtype diffusers makes float32 of it, 48 GB for FLUX; in the file's own it is the file's pages
+    loaded = load_part(kind, folder, part, torch_dtype=dtype)
     if not sharded:
-        return freeze(load_part(kind, folder, part), device, dtype)
-    # loaded in its own dtype, the weights are pages of the file, which all processes of a machine have in common; they
-    # stay contiguous, for FSDP takes no channels_last
-    whole = nn.Module.to(load_part(kind, folder, part, torch_dtype=dtype), dtype)
-    return sharding.shard(whole.requires_grad_(False).eval(), device)
+        return freeze(loaded, device, dtype)
+    return sharding.shard(nn.Module.to(loaded, dtype).requires_grad_(False).eval(), device)
 
 
 class Autoencoder:
