@@ -73,7 +73,8 @@ def test_every_process_has_its_own_turns_alone() -> None:
         [[units[0]], [units[2]], [units[4]]],
         [[units[1], units[3]]],
     ]
-    assert [[(turn.num_pairs, turn.passes) for turn in share] for share in found] == [[(1, 1), (1, 2), (1, 1)], [(2, 1)]]
+    counts = [[(turn.num_pairs, turn.passes) for turn in share] for share in found]
+    assert counts == [[(1, 1), (1, 2), (1, 1)], [(2, 1)]]
     assert shares(units_of(4), 2, in_step=False)[1] == []
 
 

@@ -32,7 +32,7 @@ class Backend(Protocol):
 
     device: torch.device
     sharded: bool
-    """Whether the backbone is shared out over processes, which all have to run it equally often (models/sharding.py)."""
+    """Whether the backbone is shared out over processes, which then all run it equally often (models/sharding.py)."""
     backbone: nn.Module
     """The frozen UNet or transformer."""
     backbone_folder: str
