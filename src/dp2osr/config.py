@@ -160,6 +160,7 @@ class TrainSettings(Strict):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     precision: Literal["no", "fp16", "bf16"]
     gradient_checkpointing: bool
+    sharding: Literal["none", "backbone"]
     checkpoint_every: Count
     tracker: Literal["tensorboard", "wandb", "none"]
     guard: GuardSettings

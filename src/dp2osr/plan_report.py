@@ -85,7 +85,9 @@ def needs(config: Config, footprints: Mapping[str, Footprint]) -> dict[tuple[str
 def train_needs(config: Config, name: str, found: Footprint) -> list[Need]:
     """Return what a run's training holds, with the metrics of its guard."""
     run, reward = config.runs[name], config.rewards[config.judge(name)]
-    needs = memory.train(found, run.train, top=run.pairs.top, size=config.datasets[run.dataset].hr_size)
+    processes = config.limits.train_gpus * config.limits.train_nodes
+    size = config.datasets[run.dataset].hr_size
+    needs = memory.train(found, run.train, top=run.pairs.top, size=size, processes=processes)
     if not run.train.guard.every:
         return needs
     size = config.datasets[run.train.guard.dataset].hr_size

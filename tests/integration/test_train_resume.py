@@ -16,34 +16,18 @@ import pandas as pd
 import pytest
 from safetensors.torch import load
 
+import training_rig
 from dp2osr import tables
 from dp2osr.errors import UserError
 from dp2osr.stages import train
-from training_rig import DEFAULTS, policy_settings, train_settings, write_files
 
 STEPS = 12
 
 
 def command(model: Path, folder: Path, output: Path, **changes: Any) -> list[str]:
     """Return the arguments of a training with guard whose outputs lie in `output`."""
-    paths = write_files(folder)
-    guard = {"every": 4, "patience": 99, "min_diversity": 0.0, "max_reward_drop": 99.0}
-    settings = train_settings(**{"steps": STEPS, "guard": guard, "learning_rate": 1e-4} | changes)
-    job = {
-        "run": "test",
-        "policy": policy_settings(model).model_dump(),
-        "train": settings.model_dump(),
-        "reward": DEFAULTS["rewards"]["default"] | {"fr": ["psnr"], "nr": ["entropy"]},
-        "niqe_block": 32,
-        "seed": 1,
-        "base_seed": 0,
-    }
-    inputs = ["--pairs", paths["pairs.parquet"], "--encoded", paths["shard-0.tar"], paths["shard-1.tar"]]
-    inputs += ["--embeddings", paths["embeddings.safetensors"], "--reference", model / "controlnet"]
-    inputs += ["--val-lr", paths["lr.tar"], "--val-embeddings", paths["embeddings.safetensors"]]
-    inputs += ["--val-scales", paths["scales.parquet"], "--device", "cpu", "--config", json.dumps(job)]
-    outputs = ["--policy", output / "policy", "--train-log", output / "train_log.parquet"]
-    return [str(part) for part in (*inputs, *outputs, "--validation", output / "validation.parquet")]
+    base = {"steps": STEPS, "guard": {"every": 4, **training_rig.LENIENT}, "learning_rate": 1e-4}
+    return training_rig.command(model, folder, output, **base | changes)
 
 
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
@@ -105,12 +89,15 @@ def test_killed_and_resumed_equals_undisturbed(
     assert found[2] == wanted[2]
 
 
-@pytest.mark.parametrize("launcher", [None, ACCELERATE], ids=["own", "accelerate"])
+@pytest.mark.parametrize(
+    ("launcher", "sharding"), [(None, "none"), (ACCELERATE, "backbone")], ids=["own", "accelerate-sharded"]
+)
 def test_two_processes_equal_one(
-    undisturbed: Path, tiny_model: Path, tmp_path: Path, launcher: list[str] | None
+    undisturbed: Path, tiny_model: Path, tmp_path: Path, launcher: list[str] | None, sharding: str
 ) -> None:
-    """Groups of unlike numbers of pairs are shared out, 3 of them to 2 processes, whoever starts these."""
-    process = start([*command(tiny_model, tmp_path, tmp_path), "--processes", "2"], launcher=launcher)
+    """Groups of unlike numbers of pairs are shared out to 2 processes, whoever starts these, and so is the backbone."""
+    arguments = command(tiny_model, tmp_path, tmp_path, sharding=sharding)
+    process = start([*arguments, "--processes", "2"], launcher=launcher)
     assert process.wait(300) == 0
     found, wanted = results(tmp_path), results(undisturbed)
     weights, before = load(found[2]), load(wanted[2])
@@ -126,10 +113,10 @@ def test_two_processes_equal_one(
 PAIRS = {"batching": "pairs", "pairs_per_step": 4, "accumulation": 2, "beta": 50.0, "steps": 16, "learning_rate": 1e-4}
 
 
-def pairs_command(model: Path, folder: Path) -> list[str]:
+def pairs_command(model: Path, folder: Path, **changes: Any) -> list[str]:
     """Return the arguments of a training by pairs, in two micro steps a step, without guard."""
     folder.mkdir()
-    return command(model, folder, folder, **PAIRS, checkpoint_every=1000, guard={"every": 0})
+    return command(model, folder, folder, **PAIRS, checkpoint_every=1000, guard={"every": 0}, **changes)
 
 
 def last_words(text: str) -> int:
@@ -148,8 +135,10 @@ def assert_same_training(found: Path, wanted: Path) -> None:
 
 
 def test_one_and_two_processes_go_on_from_each_other(tiny_model: Path, tmp_path: Path) -> None:
-    """Two processes of one launcher, stopped, then one; one, stopped, then two nodes of one process each."""
-    commands = {name: pairs_command(tiny_model, tmp_path / name) for name in ("whole", "two", "one")}
+    """Two processes of one launcher, the backbone sharded, stopped by SIGTERM, then one, for whom sharding means
+    nothing; one, stopped, then two nodes of one process each."""
+    shardings = {"whole": "none", "two": "backbone", "one": "none"}
+    commands = {name: pairs_command(tiny_model, tmp_path / name, sharding=how) for name, how in shardings.items()}
     train.main(commands["whole"])
     for name, processes in (("two", "2"), ("one", "1")):
         log = tmp_path / f"{name}.txt"

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ class Judges:
         return {"psnr": np.full(len(candidates), 5.0), "entropy": candidates.mean((1, 2, 3)).double().numpy() * 10}
 
 
-def make_guard(tiny_model: Path, folder: Path, **options: Any) -> Guard:
-    paths = write_files(folder)
+def make_guard(tiny_model: Path, folder: Path, *, validation: int = 2, **options: Any) -> Guard:
+    paths = write_files(folder, validation=validation)
     embeddings, negative = read_embeddings(paths["embeddings.safetensors"])
     base: dict[str, Any] = {
         "accelerator": Accelerator(cpu=True),
@@ -98,6 +99,22 @@ def test_one_seed_has_no_diversity(tiny_model: Path, tmp_path: Path) -> None:
     guard = make_guard(tiny_model, tmp_path, settings=settings(num_rollouts=1))
     found = guard.measure(guard.backend.load_control(tiny_model / "controlnet"), pause=lambda: None)
     assert found.diversity == 0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_sharded_backbone_runs_equally_often_in_all_processes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """Three images are two batches for the first process, of two steps each, and one for the second."""
+    monkeypatch.setattr("dp2osr.training.guard.gather_object", lambda rows: rows)
+    runs: list[int] = []
+    for process in (0, 1):
+        place = SimpleNamespace(num_processes=2, process_index=process)
+        guard = make_guard(tiny_model, tmp_path, validation=3, accelerator=place)
+        guard.backend.sharded = sharded
+        guard.backend.backbone.register_forward_pre_hook(lambda *_: runs.append(process))  # noqa: B023
+        guard.measure(guard.backend.load_control(tiny_model / "controlnet"), pause=lambda: None)
+    assert (runs.count(0), runs.count(1)) == ((4, 4) if sharded else (4, 2))
 
 
 def test_an_image_without_reward_is_told(

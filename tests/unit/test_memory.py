@@ -132,6 +132,24 @@ def test_training_needs(tiny: Footprint, defaults: dict[str, Any]) -> None:
     assert memory.total([Need("a", 5), Need("b", 2, lasting=False), Need("c", 3, lasting=False)]) == 8
 
 
+def test_a_sharded_backbone_by_hand(tiny: Footprint, defaults: dict[str, Any]) -> None:
+    """A process of two holds half of it, three of the largest blocks, and what lies in no block."""
+    off = defaults["run_defaults"]["train"]["guard"] | {"every": 0}
+
+    def held(processes: int, **changes: Any) -> dict[str, int]:
+        needs = memory.train(tiny, settings(defaults, guard=off, **changes), top=4, size=96, processes=processes)
+        return {need.what: need.bytes for need in needs if need.lasting}
+
+    unet = tiny.backbone
+    sizes = [footprint.parameters(block) for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
+    whole = tiny.sizes()["backbone"]
+    found = held(2, sharding="backbone")
+    assert found["backbone, float32, a share of 2"] == 2 * whole
+    assert found["blocks of it, gathered"] == 4 * (3 * max(sizes) + whole - sum(sizes))
+    assert held(1, sharding="backbone") == held(2) == held(1)
+    assert held(1)["backbone, float32"] == 4 * whole
+
+
 def test_checkpointing_and_batch_change_what_is_kept(tiny: Footprint, defaults: dict[str, Any]) -> None:
     plain, _ = memory.step_bytes(tiny, settings(defaults), images=2, size=96)
     double, _ = memory.step_bytes(tiny, settings(defaults), images=4, size=96)

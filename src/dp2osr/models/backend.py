@@ -31,6 +31,8 @@ class Backend(Protocol):
     """A generative model with a control branch. Images are (B, 3, H, W) float RGB in [0, 1]."""
 
     device: torch.device
+    sharded: bool
+    """Whether the backbone is shared out over processes, which then all run it equally often (models/sharding.py)."""
     backbone: nn.Module
     """The frozen UNet or transformer."""
     backbone_folder: str
@@ -108,15 +110,20 @@ def logit_normal(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(count, generator=generator).sigmoid()
 
 
-def load_backend(policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS) -> Backend:
-    """Load the frozen parts of a policy's model; `parts` names what is needed: backbone, vae, text."""
+def load_backend(
+    policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS, sharded: bool = False
+) -> Backend:
+    """Load the frozen parts of a policy's model; `parts` names what is needed: backbone, vae, text.
+
+    sharded: the processes of a training, which torch.distributed knows by then, share the backbone out.
+    """
     if policy.backend == "flux":
         from dp2osr.models.flux import FlowBackend
 
-        return FlowBackend(policy, device=device, parts=parts)
+        return FlowBackend(policy, device=device, parts=parts, sharded=sharded)
     from dp2osr.models.sd import DiffusionBackend
 
-    return DiffusionBackend(policy, device=device, parts=parts)
+    return DiffusionBackend(policy, device=device, parts=parts, sharded=sharded)
 
 
 def resolve(path: str | Path) -> Path:

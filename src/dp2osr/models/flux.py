@@ -21,7 +21,7 @@ from dp2osr.errors import UserError
 from dp2osr.models import parts as model_parts
 from dp2osr.models import tiling
 from dp2osr.models.backend import PARTS, Embeddings, logit_normal, resolve
-from dp2osr.models.parts import Autoencoder, State, freeze, load_part, place
+from dp2osr.models.parts import Autoencoder, State, freeze, load_backbone, load_part, place
 
 PATCH = 2  # latent cells along each side of a token
 CONTROL_SIZE = 512  # pixels: the images that C-FLUX was trained on (method.md, LR synthesis)
@@ -36,16 +36,23 @@ class FlowBackend:
 
     backbone_folder = "transformer"
 
-    def __init__(self, policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS) -> None:
+    def __init__(
+        self,
+        policy: PolicySettings,
+        *,
+        device: torch.device,
+        parts: frozenset[str] = PARTS,
+        sharded: bool = False,
+    ) -> None:
         folder = resolve(policy.model)
-        self.device = device
+        self.device, self.sharded = device, sharded
         self.dtype = getattr(torch, policy.sampling.dtype)
         self.guidance = policy.sampling.guidance
         self.text_tokens = policy.sampling.text_tokens
         self.scheduler_config = model_parts.load_settings(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
         if "backbone" in parts:
-            transformer = load_part(FluxTransformer2DModel, folder, "transformer")
-            self.backbone = self.transformer = freeze(transformer, device, self.dtype)
+            how: dict[str, Any] = {"device": device, "dtype": self.dtype, "sharded": sharded}
+            self.backbone = self.transformer = load_backbone(FluxTransformer2DModel, folder, "transformer", **how)
         if "vae" in parts:
             dtype = getattr(torch, policy.sampling.vae_dtype)
             self.autoencoder = Autoencoder(folder, device=device, dtype=dtype)

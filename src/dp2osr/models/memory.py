@@ -5,6 +5,7 @@ Not in it: the CUDA context and libraries' workspaces (about 1 GiB), and what th
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,14 @@ from torch import nn
 from dp2osr.config import TrainSettings
 from dp2osr.models.footprint import META, Footprint, parameters
 from dp2osr.models.ledger import backward_bytes, forward_bytes, recomputing, weights
+from dp2osr.models.sharding import blocks
 
 LOWER = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 ADAM_BYTES = {
     "adamw": 2 * 4.0,
     "adamw8bit": 2 * (1 + 4 / 256),
 }  # two moments a parameter; 8 bit: a scale for 256
+GATHERED = 3  # blocks of a sharded backbone at a time: in use, in the making, and the buffer that was sent
 PROMPTS = 32  # in one pass of the text encoders, as the embed stage has it
 
 
@@ -103,15 +106,16 @@ def graph_images(settings: TrainSettings, *, top: int) -> int:
     return min(settings.micro_batch // unit, -(-units // settings.accumulation)) * unit
 
 
-def train(found: Footprint, settings: TrainSettings, *, top: int, size: int) -> list[Need]:
+def train(found: Footprint, settings: TrainSettings, *, top: int, size: int, processes: int = 1) -> list[Need]:
     """Policy and reference in float32, optimizer, moving average, backbone; then what comes and goes in a step.
 
-    Gradients count throughout: with several micro batches a step they are there from the first on.
+    Gradients count throughout: with several micro batches a step they are there from the first on. processes: of the
+    training, which share the backbone out where train.sharding says so.
     """
     count = parameters(found.branch)
     images = graph_images(settings, top=top)
     needs = [
-        _weights("backbone", [found.backbone], found.dtype),
+        *_backbone(found, processes if settings.sharding == "backbone" else 1),
         _weights("policy", [found.branch], torch.float32),
         _weights("reference", [found.branch], torch.float32),
         Need("gradients, float32", 4 * count),
@@ -125,6 +129,19 @@ def train(found: Footprint, settings: TrainSettings, *, top: int, size: int) -> 
     if settings.optimizer == "adamw":
         needs.append(Need("the optimizer's step", 4 * count, lasting=False))
     return needs + _guard(found, settings, size=size, freed=4 * count)
+
+
+def _backbone(found: Footprint, shares: int) -> list[Need]:
+    """The backbone; shared out, its share, and what is gathered: blocks, and all that lies in none of them."""
+    whole = _weights("backbone", [found.backbone], found.dtype)
+    if shares == 1:
+        return [whole]
+    sizes = [parameters(block) for block in blocks(found.backbone)]
+    gathered = GATHERED * max(sizes) + parameters(found.backbone) - sum(sizes)
+    return [
+        Need(f"{whole.what}, a share of {shares}", math.ceil(whole.bytes / shares)),
+        Need("blocks of it, gathered", gathered * found.dtype.itemsize),
+    ]
 
 
 def step_bytes(found: Footprint, settings: TrainSettings, *, images: int, size: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from dp2osr.errors import UserError
+from dp2osr.models import sharding
 from dp2osr.models.backend import resolve
 from dp2osr.repeats import once_an_image
 
@@ -81,6 +82,17 @@ def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
 def freeze(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Cast, move, and switch off gradients and whatever behaves otherwise in training."""
     return place(module, device, dtype).requires_grad_(False).eval()
+
+
+def load_backbone(
+    kind: Any, folder: Path, part: str, *, device: torch.device, dtype: torch.dtype, sharded: bool
+) -> Any:
+    """Load and freeze a UNet or transformer; `sharded`, this process keeps its share alone (models/sharding.py)."""
+    # without a dtype diffusers makes float32 of it, 48 GB for FLUX; in the file's own it is the file's pages
+    loaded = load_part(kind, folder, part, torch_dtype=dtype)
+    if not sharded:
+        return freeze(loaded, device, dtype)
+    return sharding.shard(nn.Module.to(loaded, dtype).requires_grad_(False).eval(), device)
 
 
 class Autoencoder:

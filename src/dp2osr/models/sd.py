@@ -20,7 +20,7 @@ from dp2osr.errors import UserError
 from dp2osr.models import parts as model_parts
 from dp2osr.models import tiling
 from dp2osr.models.backend import PARTS, Embeddings, logit_normal, resolve
-from dp2osr.models.parts import Autoencoder, State, freeze, load_part, place
+from dp2osr.models.parts import Autoencoder, State, freeze, load_backbone, load_part, place
 from dp2osr.repeats import once_an_image
 
 
@@ -42,15 +42,23 @@ class DiffusionBackend:
     backbone_folder = "unet"
     control_factor = 1
 
-    def __init__(self, policy: PolicySettings, *, device: torch.device, parts: frozenset[str] = PARTS) -> None:
+    def __init__(
+        self,
+        policy: PolicySettings,
+        *,
+        device: torch.device,
+        parts: frozenset[str] = PARTS,
+        sharded: bool = False,
+    ) -> None:
         folder = resolve(policy.model)
-        self.device = device
+        self.device, self.sharded = device, sharded
         self.dtype = getattr(torch, policy.sampling.dtype)
         self.scheduler_config = model_parts.load_settings(DDPMScheduler, folder, "scheduler")
         self.noise_scheduler = DDPMScheduler.from_config(self.scheduler_config)
         self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(device)
         if "backbone" in parts:
-            self.backbone = self.unet = freeze(load_part(UNet2DConditionModel, folder, "unet"), device, self.dtype)
+            how: dict[str, Any] = {"device": device, "dtype": self.dtype, "sharded": sharded}
+            self.backbone = self.unet = load_backbone(UNet2DConditionModel, folder, "unet", **how)
         if "vae" in parts:
             dtype = getattr(torch, policy.sampling.vae_dtype)
             self.autoencoder = Autoencoder(folder, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ nodes, one such command on each of them.
 import argparse
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from dp2osr.training.loop import Trainer
     from dp2osr.training.step import Feed
 
+log = logging.getLogger(__name__)
+
 
 class TrainJob(Strict):
     """Settings of one training: the root policy's model, the run's seed, and `base_seed` of the rollouts."""
@@ -47,7 +50,7 @@ def job_mark(args: argparse.Namespace) -> str:
     Large shards count by name and size: what is in them follows from pairs.parquet, whose content counts.
     """
     job: TrainJob = args.config
-    settings = job.model_dump_json(exclude={"run": True, "train": {"tracker", "checkpoint_every"}})
+    settings = job.model_dump_json(exclude={"run": True, "train": {"tracker", "checkpoint_every", "sharding"}})
     sizes = [f"{path.name}:{path.stat().st_size}" for path in (*args.encoded, *args.embeddings, *args.val_lr)]
     contents = [path for path in (args.pairs, *args.val_scales, args.niqe) if path is not None]
     numbers = f"{versions.ENCODE} {versions.TRAIN}"
@@ -120,6 +123,13 @@ def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "B
     )
 
 
+def is_sharded(settings: TrainSettings, processes: int) -> bool:
+    """Return whether the backbone is shared out; one process alone holds it whole, whatever the settings say."""
+    if settings.sharding == "backbone" and processes == 1:
+        log.info("train.sharding: backbone: found one process, which holds the backbone whole")
+    return settings.sharding == "backbone" and processes > 1
+
+
 def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "Store") -> "Trainer":
     """Put backend, branches, data and guard together."""
     from dp2osr.models.backend import load_backend
@@ -128,7 +138,8 @@ def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "S
 
     job: TrainJob = args.config
     parts = frozenset({"backbone", "vae"} if job.train.guard.every else {"backbone"})
-    backend = load_backend(job.policy, device=accelerator.device, parts=parts)
+    shared = is_sharded(job.train, accelerator.num_processes)
+    backend = load_backend(job.policy, device=accelerator.device, parts=parts, sharded=shared)
     schedule = Schedule(tables.read(args.pairs, tables.PAIRS), settings=job.train, seed=job.seed)
     reference = backend.load_control(args.reference)
     policy = backend.load_control(args.reference).float()

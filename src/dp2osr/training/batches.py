@@ -5,7 +5,7 @@ are computed once, or a single pair (batching: pairs).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -99,10 +99,52 @@ def split_units(units: Sequence[Unit], *, max_images: int, parts: int) -> Iterat
     max_units = -(-len(units) // parts)
     run: list[Unit] = []
     for unit in units:
-        images = sum(len(one.rollouts) for one in (*run, unit))
-        if run and (images > max_images or len(run) == max_units):
+        if run and (num_images([*run, unit]) > max_images or len(run) == max_units):
             yield run
             run = []
         run.append(unit)
     if run:
         yield run
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a process computes at a time: units whose loss is one number, in `passes` forward passes of a branch.
+
+    num_pairs is 0 where the process has nothing left to do and passes one image through for nothing, for the others.
+    """
+
+    units: list[Unit]
+    num_pairs: int
+    passes: int
+
+
+def turns(
+    units: Sequence[Unit], settings: TrainSettings, *, process: int, processes: int, in_step: bool
+) -> Iterator[Turn]:
+    """Yield the turns of one process in a step: every n-th unit is its own.
+
+    in_step: all processes have equally many turns, and in each as many passes as the one with most images in it, for a
+    sharded backbone runs in all of them or in none. Each process knows all units, and so what the others have to do.
+    """
+    shares = [units[place::processes] for place in range(processes)]
+    options = {"max_images": settings.micro_batch, "parts": settings.accumulation}
+    runs = [list(split_units(share, **options)) for share in (shares if in_step else [shares[process]])]
+    own = runs[process if in_step else 0]
+    for place in range(max(map(len, runs))):
+        meeting = [run[place] for run in runs if place < len(run)]
+        passes = max(-(-num_images(run) // settings.micro_batch) for run in meeting)
+        if place < len(own):
+            yield Turn(own[place], sum(unit.num_pairs for unit in own[place]), passes)
+        else:
+            yield Turn([idle(units[0])], 0, passes)
+
+
+def num_images(units: Sequence[Unit]) -> int:
+    """Return how many images some units have together."""
+    return sum(len(unit.rollouts) for unit in units)
+
+
+def idle(unit: Unit) -> Unit:
+    """Return a unit of one image, its own rival, that weighs nothing: no gradient comes of it."""
+    return replace(unit, rollouts=unit.rollouts[:1], chosen=(0,), rejected=(0,), weights=(0.0,))

@@ -110,7 +110,9 @@ class Guard:
     def measure(self, branch: nn.Module, *, pause: Callable[[], None]) -> Measurement:
         """Restore each image from the same seeds as the reference's rollouts.
 
-        `pause` is called before each batch, equally often in all processes.
+        `pause` is called before each batch, equally often in all processes. A sharded backbone has to run equally
+        often, too: as many times a batch, whatever its size, as sampling has steps and guidance. So a process that
+        has no image left restores one for nothing.
         """
         count = self.accelerator.num_processes
         own = self.images[self.accelerator.process_index :: count]
@@ -120,6 +122,8 @@ class Guard:
             pause()
             if batch := own[start : start + size]:
                 rows += self._rows(branch, batch)
+            elif self.backend.sharded:
+                self._restored(branch, [(self.images[0], 0)])
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
         frame = pd.DataFrame(rows).sort_values(["group_id", "rollout"], ignore_index=True)
@@ -133,18 +137,8 @@ class Guard:
         """Return group_id, rollout, raw scores and the group's diversity for each candidate of some images."""
         count = self.settings.num_rollouts
         keys = [(image, rollout) for image in images for rollout in range(count)]
-        lr = torch.stack([image.lr for image, _ in keys]).to(self.backend.device)
         hr = torch.stack([image.hr for image, _ in keys]).to(self.backend.device)
-        restored = restore(
-            self.backend,
-            branch,
-            lr,
-            scale=hr.shape[2] // lr.shape[2],
-            embeddings=stack([image.embeddings for image, _ in keys], self.backend.device),
-            negative=self._negative(len(keys)),
-            seeds=[seeds.candidate(self.base_seed, image.group_id, rollout) for image, rollout in keys],
-            sampling=self.sampling,
-        )
+        restored = self._restored(branch, keys)
         spread = restored.unflatten(0, (len(images), count)).std(1, correction=0).flatten(1).mean(1)
         diversity = spread.repeat_interleave(count).tolist()
         scores = self.scorer.score(restored, hr)
@@ -154,6 +148,20 @@ class Guard:
             | {name: values[place] for name, values in columns.items()}
             for place, (image, rollout) in enumerate(keys)
         ]
+
+    def _restored(self, branch: nn.Module, keys: Sequence[tuple[ValidationImage, int]]) -> torch.Tensor:
+        """Return the candidates (B, 3, H, W) of some images and rollouts."""
+        lr = torch.stack([image.lr for image, _ in keys]).to(self.backend.device)
+        return restore(
+            self.backend,
+            branch,
+            lr,
+            scale=keys[0][0].hr.shape[1] // lr.shape[2],
+            embeddings=stack([image.embeddings for image, _ in keys], self.backend.device),
+            negative=self._negative(len(keys)),
+            seeds=[seeds.candidate(self.base_seed, image.group_id, rollout) for image, rollout in keys],
+            sampling=self.sampling,
+        )
 
     def _negative(self, count: int) -> Embeddings:
         return stack([self.negative] * count, self.backend.device)

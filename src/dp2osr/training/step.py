@@ -9,7 +9,7 @@ from torch import nn
 
 from dp2osr.config import TrainSettings
 from dp2osr.models.backend import Backend, Embeddings, stack
-from dp2osr.training.batches import Unit, split_units
+from dp2osr.training.batches import Unit, turns
 from dp2osr.training.loss import STATS, Stats, group_pairs, image_errors
 from dp2osr.training.pack import Pack
 
@@ -106,31 +106,40 @@ class Gradient:
         of processes gives the gradient of one.
         """
         total = sum(unit.num_pairs for unit in units)
-        own = units[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(len(STATS), device=self.accelerator.device)
-        for chunk in split_units(own, max_images=self.settings.micro_batch, parts=self.settings.accumulation):
-            share = sum(unit.num_pairs for unit in chunk) / total
-            stats = self._backward(self.feed.batch(chunk), share)
+        for turn in turns(
+            units,
+            self.settings,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            in_step=self.feed.backend.sharded,
+        ):
+            share = turn.num_pairs / total
+            stats = self._backward(self.feed.batch(turn.units), share, turn.passes)
             sums += share * torch.stack([stats[name] for name in STATS])
         self._sum_gradients()
         means = self.accelerator.reduce(sums, reduction="sum")
         return dict(zip(STATS, means.unbind(), strict=True))
 
-    def _errors(self, branch: nn.Module, batch: Batch) -> torch.Tensor:
-        spans = batch.slices(self.settings.micro_batch)
-        return torch.cat([self._forward(branch, part(batch, span)) for span in spans])
+    def _errors(self, branch: nn.Module, batch: Batch, spare: Sequence[slice]) -> torch.Tensor:
+        spans = [*batch.slices(self.settings.micro_batch), *spare]
+        return torch.cat([self._forward(branch, part(batch, span)) for span in spans])[: len(batch.latents)]
 
     def _forward(self, branch: nn.Module, batch: Batch) -> torch.Tensor:
         return branch_errors(self.accelerator, self.feed.backend, branch, batch)
 
-    def _backward(self, batch: Batch, share: float) -> Stats:
-        """Backpropagate share · loss. A batch over micro_batch images takes two passes: the loss depends on all errors
-        at once, so dL/de comes from errors without a graph, and then each part's Σ dL/de · e is backpropagated."""
+    def _backward(self, batch: Batch, share: float, passes: int) -> Stats:
+        """Backpropagate share · loss. A batch over micro_batch images goes twice through the policy: the loss depends
+        on all errors at once, so dL/de comes from errors without a graph, and then each part's Σ dL/de · e is
+        backpropagated. `passes` beyond those that the batch needs keep this process in step with the others: what
+        they compute, of one image, weighs nothing."""
+        spans = batch.slices(self.settings.micro_batch)
+        spare = [slice(0, 1)] * (passes - len(spans))
         with torch.no_grad():
-            reference = self._errors(self.reference, batch)
-        one_pass = len(batch.latents) <= self.settings.micro_batch
+            reference = self._errors(self.reference, batch, spare)
+        one_pass = passes == 1
         with torch.set_grad_enabled(one_pass):
-            errors = self._errors(self.policy, batch)
+            errors = self._errors(self.policy, batch, spare)
         if not one_pass:
             errors.requires_grad_()
         pairs = {"chosen": batch.chosen, "rejected": batch.rejected, "weights": batch.weights}
@@ -139,8 +148,10 @@ class Gradient:
             self.accelerator.backward(loss * share)
             return stats
         (slopes,) = torch.autograd.grad(loss * share, errors)
-        for span in batch.slices(self.settings.micro_batch):
+        for span in spans:
             self.accelerator.backward((slopes[span] * self._forward(self.policy, part(batch, span))).sum())
+        for span in spare:
+            self.accelerator.backward(0 * self._forward(self.policy, part(batch, span)).sum())
         return stats
 
     def _sum_gradients(self) -> None:
