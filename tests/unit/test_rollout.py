@@ -29,12 +29,28 @@ def job(tmp_path: Path, config_dict: dict[str, Any], tiny_model: Path) -> list[s
 
 
 def command(
-    folder: Path, policy: config.PolicySettings, *, first: int = 0, count: int = 4, batch: int = 5, out: str = "out.tar"
+    folder: Path,
+    policy: config.PolicySettings,
+    *,
+    first: int = 0,
+    count: int = 4,
+    batch: int = 5,
+    out: str = "out.tar",
+    **speed: Any,
 ) -> list[str]:
     settings = rollout.RolloutJob(policy=policy, seed=7, first=first, count=count, scale=4, image_format="png")
     inputs = ["--lr", str(folder / "lr.tar"), "--embeddings", str(folder / "embeddings.safetensors")]
-    how = ["--control", policy.control, "--batch-size", str(batch), "--device", "cpu"]
+    how = ["--control", policy.control, "--batch-size", str(batch), *tiny_shards.speed(**speed), "--device", "cpu"]
     return [*inputs, *how, "--config", settings.model_dump_json(), "--candidates", str(folder / out)]
+
+
+def restored(batch: rollout.Batch) -> str:
+    return batch[0][0]
+
+
+def encoded(batch: rollout.Batch, image: str) -> list[Any]:
+    assert image == batch[0][0]
+    return [(f"{image}-r0000", {"json": b"{}"})]
 
 
 def test_plan_keeps_a_group_together() -> None:
@@ -140,7 +156,7 @@ def test_killed_job_goes_on_with_the_same_bytes(
     rollout.main(job)
     undisturbed = (tmp_path / "out.tar").read_bytes()
     (tmp_path / "out.tar").unlink()
-    real, calls = rollout.Sampler.candidates, []
+    real, calls = rollout.Sampler.restore, []
 
     def counted(self: rollout.Sampler, batch: Any) -> Any:
         calls.append(batch)
@@ -148,7 +164,7 @@ def test_killed_job_goes_on_with_the_same_bytes(
             raise Killed
         return real(self, batch)
 
-    monkeypatch.setattr(rollout.Sampler, "candidates", counted)
+    monkeypatch.setattr(rollout.Sampler, "restore", counted)
     with pytest.raises(Killed):
         rollout.main(job)
     assert not (tmp_path / "out.tar").exists()
@@ -168,7 +184,7 @@ def test_parts_of_other_settings_are_not_mixed_in(
 
 def test_parts_taken_away_by_a_second_writer_are_computed_again(tmp_path: Path) -> None:
     parts = rollout.resume.Parts(tmp_path / "out.tar", "mark")
-    stream = rollout.resumed(lambda batch: [(f"{batch[0][0]}-r0000", {"json": b"{}"})], [[("a", 0)], [("b", 0)]], parts)
+    stream = rollout.resumed(restored, encoded, [[("a", 0)], [("b", 0)]], parts)
     first = next(stream)
     parts.clear()
     assert [first, *stream] == [("a-r0000", {"json": b"{}"}), ("b-r0000", {"json": b"{}"})]

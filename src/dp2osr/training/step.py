@@ -116,9 +116,16 @@ class Gradient:
         means = self.accelerator.reduce(sums, reduction="sum")
         return dict(zip(STATS, means.unbind(), strict=True))
 
-    def _errors(self, branch: nn.Module, batch: Batch) -> torch.Tensor:
-        spans = batch.slices(self.settings.micro_batch)
-        return torch.cat([self._forward(branch, part(batch, span)) for span in spans])
+    def _errors(self, batch: Batch, *, graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (I,) errors of policy and reference; what the two have in common is computed once."""
+        policy, reference = [], []
+        for span in batch.slices(self.settings.micro_batch):
+            with self.feed.backend.shared():
+                with torch.no_grad():
+                    reference.append(self._forward(self.reference, part(batch, span)))
+                with torch.set_grad_enabled(graph):
+                    policy.append(self._forward(self.policy, part(batch, span)))
+        return torch.cat(policy), torch.cat(reference)
 
     def _forward(self, branch: nn.Module, batch: Batch) -> torch.Tensor:
         return branch_errors(self.accelerator, self.feed.backend, branch, batch)
@@ -126,11 +133,8 @@ class Gradient:
     def _backward(self, batch: Batch, share: float) -> Stats:
         """Backpropagate share · loss. A batch over micro_batch images takes two passes: the loss depends on all errors
         at once, so dL/de comes from errors without a graph, and then each part's Σ dL/de · e is backpropagated."""
-        with torch.no_grad():
-            reference = self._errors(self.reference, batch)
         one_pass = len(batch.latents) <= self.settings.micro_batch
-        with torch.set_grad_enabled(one_pass):
-            errors = self._errors(self.policy, batch)
+        errors, reference = self._errors(batch, graph=one_pass)
         if not one_pass:
             errors.requires_grad_()
         pairs = {"chosen": batch.chosen, "rejected": batch.rejected, "weights": batch.weights}
