@@ -1,13 +1,16 @@
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import tiny_shards
-from dp2osr import config, seeds
+from dp2osr import config, sampling, seeds
 from dp2osr.errors import UserError
+from dp2osr.models import speed
 from dp2osr.models.backend import StoredEmbeddings, read_embeddings, weights_hash
 from dp2osr.sampling import images_control
 from dp2osr.shards import decode_image, encode_image, read_shard, write_shard
@@ -180,6 +183,69 @@ def test_parts_of_other_settings_are_not_mixed_in(
     rollout.main(job)
     rollout.main(command(tmp_path, tiny_shards.policy(config_dict, tiny_model, steps=3)))
     assert len(list((tmp_path / "out.tar.parts").iterdir())) == 2
+
+
+def test_a_batch_is_encoded_while_the_next_is_restored(tmp_path: Path) -> None:
+    parts, second = rollout.resume.Parts(tmp_path / "out.tar", "mark"), threading.Event()
+
+    def restoring(batch: rollout.Batch) -> str:
+        if batch[0][0] == "b":
+            second.set()
+        return restored(batch)
+
+    def encoding(batch: rollout.Batch, image: str) -> list[Any]:
+        assert second.wait(30), "the next batch did not begin"
+        return encoded(batch, image)
+
+    found = list(rollout.resumed(restoring, encoding, [[("a", 0)], [("b", 0)]], parts))
+    assert [key for key, _ in found] == ["a-r0000", "b-r0000"]
+
+
+def test_a_batch_that_cannot_be_kept_stops_the_job(tmp_path: Path) -> None:
+    parts, begun = rollout.resume.Parts(tmp_path / "out.tar", "mark"), []
+
+    def restoring(batch: rollout.Batch) -> str:
+        begun.append(batch)
+        return restored(batch)
+
+    def encoding(batch: rollout.Batch, image: str) -> list[Any]:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        list(rollout.resumed(restoring, encoding, [[(name, 0)] for name in "abcd"], parts))
+    assert len(begun) <= 2 and parts.names() == []
+
+
+def test_switches_that_make_it_faster(
+    tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last batch is filled up where blocks are compiled for one shape; the switches have parts of their own."""
+    monkeypatch.setattr(rollout.resume.Parts, "clear", lambda self: None)
+    rollout.main(job)
+    shapes: list[int] = []
+    real = sampling.restore
+
+    def counted(backend: Any, branch: Any, lr: torch.Tensor, **options: Any) -> torch.Tensor:
+        shapes.append(len(lr))
+        return real(backend, branch, lr, **options)
+
+    monkeypatch.setattr(sampling, "restore", counted)
+    monkeypatch.setattr(speed, "check_compiler", lambda device: None)
+    monkeypatch.setattr(speed, "compile_blocks", lambda networks, cache: None)
+    policy = tiny_shards.policy(config_dict, tiny_model)
+    how = {"channels_last": False, "fuse_qkv": True, "attention": "math", "compile": True}
+    rollout.main(command(tmp_path, policy, **how))
+    assert shapes == [5, 5, 5]  # of 12 candidates
+    fast, plain = (
+        [dict(np.load(part)) for part in sorted(folder.iterdir())]
+        for folder in sorted((tmp_path / "out.tar.parts").iterdir(), key=lambda path: path.stat().st_mtime_ns)[::-1]
+    )
+    for one, other in zip(fast, plain, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if name.endswith("png"):
+                difference = decode_image(one[name].tobytes()) - decode_image(other[name].tobytes())
+                assert difference.abs().max() <= 1.01 / 255
 
 
 def test_parts_taken_away_by_a_second_writer_are_computed_again(tmp_path: Path) -> None:
