@@ -51,7 +51,7 @@ class Behind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Let what was handed over be finished, and end the thread; its exception is raised, unless one is on its way."""
+        """Let what was handed over be finished, and end the thread; raise its exception, unless one is on its way."""
         self._thread.shutdown()
         if error is None:
             self.wait()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Setup:
     def images(self, batch: int) -> torch.Tensor:
         """Return the candidates (B, 3, H, W) in [0, 1], `batch` at once."""
         args, found = self.args, []
-        lr = torch.rand(args.images, 3, args.size // SCALE, args.size // SCALE, generator=torch.Generator().manual_seed(1))
+        side = args.size // SCALE
+        lr = torch.rand(args.images, 3, side, side, generator=torch.Generator().manual_seed(1))
         for span in torch.arange(args.images).split(batch or args.images):
             with speed.attention(self.speed):
                 restored = sampling.restore(
@@ -289,38 +291,48 @@ def count() -> None:
         policy = random_model.settings(name).policy("base")
         found: Any = footprint.load(policy, architecture=name)
         branch = torch.nn.Module.to(found.branch, dtype=found.dtype).requires_grad_(False)
-        inputs = found.inputs(1, 512, found.dtype)
-        latents = torch.empty((1, *found.latent_shape(512)), dtype=found.vae_dtype, device="meta")
-        pixels = torch.empty((1, 3, 512, 512), dtype=found.vae_dtype, device="meta")
-
-        def predict(inputs: Any = inputs, found: Any = found, branch: Any = branch) -> torch.Tensor:
-            return found.backend.predict(branch, *inputs)
-
         with torch.no_grad():
-            whole = operations(predict)
-            rows = {
-                "a prediction": whole,
-                "of it the branch": whole - operations(lambda: backbone_alone(found, inputs)),
-                "a candidate": policy.sampling.steps * found.evaluations * whole,
-                "decoding": operations(lambda: found.vae.decode(latents)),
-                "encoding": operations(lambda: found.vae.encode(pixels)),
-            }
-            for text in found.texts:
-                tokens = policy.sampling.text_tokens if "T5" in type(text).__name__ else 77
-                ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
-                rows[f"a prompt, {type(text).__name__}"] = operations(lambda text=text, ids=ids: text(ids))
-            if name == "flux-dev":
-                for tokens in (256, 128):
-                    shorter = dict(inputs[3]) | {"prompt_embeds": inputs[3]["prompt_embeds"][:, :tokens]}
-                    rows[f"a prediction, {tokens} text tokens"] = operations(lambda s=shorter: predict((*inputs[:3], s)))
-            else:
-                embed, control = branch.controlnet_cond_embedding, inputs[2]
-                rows["embedding of the control image"] = operations(lambda: embed(control))
-                rows["an image of a training step"] = operations(lambda: both_branches(found, branch, nullcontext))
-                rows["the same, sharing"] = operations(lambda: both_branches(found, branch, found.backend.shared))
+            rows = {**networks(found, branch), **particular(found, branch)}
         print(f"{name}, 10^12 operations of an image of 512 px")
         for what, number in rows.items():
             print(f"    {what:40}{number:10.3f}")
+
+
+def networks(found: Any, branch: Any) -> dict[str, float]:
+    """Return the operations of each network."""
+    settings, inputs = found.policy.sampling, found.inputs(1, 512, found.dtype)
+    latents = torch.empty((1, *found.latent_shape(512)), dtype=found.vae_dtype, device="meta")
+    pixels = torch.empty((1, 3, 512, 512), dtype=found.vae_dtype, device="meta")
+    whole = operations(lambda: found.backend.predict(branch, *inputs))
+    rows = {
+        "a prediction": whole,
+        "of it the branch": whole - operations(lambda: backbone_alone(found, inputs)),
+        "a candidate": settings.steps * found.evaluations * whole,
+        "decoding": operations(lambda: found.vae.decode(latents)),
+        "encoding": operations(lambda: found.vae.encode(pixels)),
+    }
+    for text in found.texts:
+        tokens = settings.text_tokens if "T5" in type(text).__name__ else 77
+        ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
+        rows[f"a prompt, {type(text).__name__}"] = operations(lambda text=text, ids=ids: text(ids))
+    return rows
+
+
+def particular(found: Any, branch: Any) -> dict[str, float]:
+    """Return the operations that a lever of this backend leaves out."""
+    noisy, timesteps, control, embeddings = found.inputs(1, 512, found.dtype)
+    if hasattr(found.backend, "unet"):
+        return {
+            "embedding of the control image": operations(lambda: branch.controlnet_cond_embedding(control)),
+            "an image of a training step": operations(lambda: both_branches(found, branch, nullcontext)),
+            "the same, sharing": operations(lambda: both_branches(found, branch, found.backend.shared)),
+        }
+    rows = {}
+    for tokens in (256, 128):
+        shorter = embeddings | {"prompt_embeds": embeddings["prompt_embeds"][:, :tokens]}
+        predict = partial(found.backend.predict, branch, noisy, timesteps, control, shorter)
+        rows[f"a prediction, {tokens} text tokens"] = operations(predict)
+    return rows
 
 
 def backbone_alone(found: Any, inputs: Any) -> Any:

@@ -88,7 +88,7 @@ def test_micro_batches_and_accumulation_leave_the_gradient(rig: Any, tmp_path: P
 def test_what_policy_and_reference_share_is_computed_once_and_changes_no_bit(
     rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool, micro_batch: int, down: int, up: int
 ) -> None:
-    """Of a part's passes the reference's alone computes the UNet's way down; the policy's second pass computes its own."""
+    """The policy's first pass takes the UNet's way down from the reference's; its second pass computes it again."""
     backend, calls = rig[0].backend, {"down": 0, "up": 0}
 
     def step() -> tuple[torch.Tensor, Any]:

@@ -18,8 +18,18 @@ from dp2osr.iqa.metric import Scorer
 from dp2osr.models import parts, speed
 from dp2osr.models.backend import load_backend
 from dp2osr.repeats import computed_once
-from dp2osr.sampling import restore
-from test_parity import FLUX_SAMPLERS, NEGATIVE, PROMPTS, SD_SAMPLERS, SEEDS, SIZE, controls, policy, theirs_flux, theirs_sd
+from parity_rig import (
+    FLUX_SAMPLERS,
+    NEGATIVE,
+    PROMPTS,
+    SD_SAMPLERS,
+    SEEDS,
+    SIZE,
+    controls,
+    policy,
+    theirs_flux,
+    theirs_sd,
+)
 from training_rig import DEFAULTS
 
 CPU = torch.device("cpu")
@@ -112,7 +122,7 @@ def test_compiled_code_changes_nothing_but_rounding_and_is_cached(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgetful: None
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
-    monkeypatch.setattr(speed, "BLOCKS", frozenset({"FluxSingleTransformerBlock"}))  # a kind takes a quarter of a minute
+    monkeypatch.setattr(speed, "BLOCKS", frozenset({"FluxSingleTransformerBlock"}))  # each kind takes its seconds
     found = settings("flux", models, steps=2, text_tokens=16)
     fast = images(found, switches(compile=True, compile_cache=str(tmp_path / "cache")))
     assert (fast - images(found, switches())).abs().max() < 1e-5

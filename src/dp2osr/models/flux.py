@@ -190,7 +190,7 @@ class FlowBackend:
         return noise - latents
 
     def shared(self) -> AbstractContextManager[None]:
-        """Nothing worth it: residuals are added after each double block, so the first of 57 blocks alone is free of them."""
+        """Nothing that is worth it: residuals are added after the first block of 57, and all others depend on them."""
         return nullcontext()
 
     def predict(

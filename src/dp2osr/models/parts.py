@@ -18,7 +18,8 @@ from dp2osr.repeats import once_an_image
 
 State = Mapping[str, torch.Tensor]
 
-DECODED_PIXELS = 2**20  # decoded at once, four images of 512 px: a batch as large as sampling's takes its memory, no time
+# Decoded at once, four images of 512 px: they fill a GPU, and a whole batch would take the most memory of a rollout
+DECODED_PIXELS = 2**20
 
 disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
 

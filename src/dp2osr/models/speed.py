@@ -51,7 +51,7 @@ def prepare(backend: Backend, branch: nn.Module, settings: SpeedSettings) -> Non
 def fuse_qkv(network: nn.Module) -> None:
     """Let each attention make query, key and value by one product, of another sequence key and value.
 
-    diffusers' method of the whole network is not there in the ControlNet of Stable Diffusion. The parts' own weights stay.
+    diffusers' method of a whole network is lacking in Stable Diffusion's ControlNet. The separate weights stay, too.
     """
     for module in network.modules():
         part: Any = module
@@ -73,7 +73,7 @@ def attention(settings: SpeedSettings) -> AbstractContextManager[Any]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile would fail in the first batch: it builds C++ for a CPU, Triton's for a GPU."""
+    """Raise UserError where torch.compile would fail in the first batch: for a CPU it builds C++, for a GPU Triton."""
     variable, names = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang"))
     lacking = [] if any(map(shutil.which, filter(None, (os.environ.get(variable), *names)))) else [" or ".join(names)]
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
