@@ -91,6 +91,28 @@ def test_a_switch_changes_nothing_but_rounding(name: str, models: Models) -> Non
         assert (images(found, switches(**change)) - plain).abs().max() < 1e-5, change
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_attention_of_backbone_and_branch_is_fused(name: str, models: Models) -> None:
+    backend = load_backend(settings(name, models), device=CPU, parts=frozenset({"backbone"}))
+    branch = backend.load_control(models[name] / "controlnet")
+    for network in (backend.backbone, branch):
+        speed.fuse_qkv(network)
+        attentions = [part for part in network.modules() if hasattr(part, "fuse_projections")]
+        assert attentions
+        for part in attentions:
+            fused = part.to_kv if getattr(part, "is_cross_attention", False) else part.to_qkv
+            assert len(fused.weight) in (2 * len(part.to_k.weight), 3 * len(part.to_k.weight))
+            used: list[int] = []
+            fused.register_forward_hook(lambda module, given, out, used=used: used.append(1))
+            part.to_k.register_forward_hook(lambda module, given, out, used=used: used.append(-1))
+            part.used = used
+    control = controls(1) if name == "sd" else torch.zeros(1, 4, CELLS, CELLS)
+    embeddings = {"prompt_embeds": torch.zeros(1, 8, 16), "pooled": torch.zeros(1, 16)}
+    backend.predict(branch, torch.zeros(1, 4, CELLS, CELLS), torch.ones(1), control, embeddings)
+    for network in (backend.backbone, branch):
+        assert all(part.used == [1] for part in network.modules() if hasattr(part, "fuse_projections"))
+
+
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """Forget what the test compiled."""
