@@ -129,7 +129,7 @@ def test_blocks_as_torch_compile_takes_them_change_nothing_but_rounding(
 
     def compile(block: torch.nn.Module, **how: Any) -> None:
         traced.append(type(block).__name__)
-        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager", fullgraph=True, **how)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", fullgraph=True, **how)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     found = settings(name, models, steps=2, text_tokens=16)

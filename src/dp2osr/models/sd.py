@@ -139,7 +139,7 @@ class DiffusionBackend:
         if sampling.guidance > 1:
             control = torch.cat([control] * 2)
             embeddings = {name: torch.cat([negative[name], tensor]) for name, tensor in embeddings.items()}
-        at = {"tile": tile, "overlap": overlap, "guidance": sampling.guidance}
+        at: dict[str, Any] = {"tile": tile, "overlap": overlap, "guidance": sampling.guidance}
         with self._embedded_once(branch, tiled=tiling.tiled(*cells, tile)):
             for timestep, moved in zip(scheduler.timesteps, scheduler.timesteps.to(self.device), strict=True):
                 scaled = scheduler.scale_model_input(latents, timestep)
