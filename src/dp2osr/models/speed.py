@@ -24,7 +24,7 @@ LOG = logging.getLogger("speed")
 
 # Each is repeated in its network, and holds nearly all of its arithmetic
 BLOCKS = frozenset({"BasicTransformerBlock", "ResnetBlock2D", "FluxTransformerBlock", "FluxSingleTransformerBlock"})
-SHAPES = 64  # of blocks that are compiled: SD2 has 4 of transformer blocks and 16 of residual ones in UNet and branch
+SHAPES = 64  # compiled at most, then torch goes on without: SD2's blocks have 15 widths, some of them in two sizes
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -93,7 +93,7 @@ def compile_blocks(networks: tuple[nn.Module, ...], cache: str) -> None:
         Path(cache).mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache).absolute())
     limits: Any = torch._dynamo.config
-    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # of older torch
     setattr(limits, name, max(SHAPES, getattr(limits, name)))
     blocks = [block for network in networks for block in network.modules() if type(block).__name__ in BLOCKS]
     for block in blocks:
