@@ -56,7 +56,7 @@ rule embed:
         " --config {params.config:q} --embeddings {output.embeddings} 2> {log}"
 
 
-# Batch size and device are resources, not params: a change of them reruns nothing.
+# Batch size, device and what only makes it faster are resources, not params: a change of them reruns nothing.
 rule rollout:
     input:
         lr=f"{R}/{{dataset}}/lr/shard-{{shard}}.tar",
@@ -82,6 +82,7 @@ rule rollout:
             attempt,
         ),
         batch_size=cfg.rollout.batch_size,
+        speed=params_json(cfg.rollout.speed.model_dump()),
         gpu=num_gpus,
         device=cfg.device,
     params:
@@ -90,7 +91,8 @@ rule rollout:
         version=versions.ROLLOUT,
     shell:
         "python -m dp2osr.stages.rollout --lr {input.lr} --embeddings {input.embeddings}"
-        " --control {params.control:q} --batch-size {resources.batch_size} --device {resources.device}"
+        " --control {params.control:q} --batch-size {resources.batch_size} --speed {resources.speed:q}"
+        " --device {resources.device}"
         " --config {params.config:q} --candidates {output.candidates} 2> {log}"
 
 

@@ -50,3 +50,10 @@ def policy(config_dict: dict[str, Any], model: Path, **sampling: Any) -> Any:
     settings = config_dict["policy_defaults"] | {"model": str(model), "control": str(model / "controlnet")}
     settings["sampling"] = settings["sampling"] | {"steps": 2} | sampling
     return PolicySettings(**settings)
+
+
+def speed(**changes: Any) -> list[str]:
+    """Return the rollout stage's option for what makes it faster: the defaults with `changes`."""
+    from training_rig import DEFAULTS
+
+    return ["--speed", json.dumps(DEFAULTS["rollout"]["speed"] | changes)]

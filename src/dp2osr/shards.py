@@ -80,7 +80,11 @@ def _check_end(path: Path | str, end: int) -> None:
 
 def encode_image(image: torch.Tensor, image_format: str = "png") -> bytes:
     """Encode (3, H, W) RGB in [0, 1] without loss after rounding to 8 bit; `image_format` is png or webp."""
-    array = to_uint8(image)
+    return encode_array(to_uint8(image), image_format)
+
+
+def encode_array(array: np.ndarray, image_format: str = "png") -> bytes:
+    """Encode (H, W, 3) uint8 RGB without loss; `image_format` is png or webp."""
     buffer = io.BytesIO()
     options = {"compress_level": 1} if image_format == "png" else {"lossless": True, "quality": 0, "method": 0}
     Image.fromarray(array).save(buffer, format=image_format, **options)

@@ -27,8 +27,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def config_arg(found: argparse.ArgumentParser, model: type[strict.Strict]) -> None:
-    """Add `--config JSON`, validated as `model`."""
+def config_arg(found: argparse.ArgumentParser, model: type[strict.Strict], name: str = "--config") -> None:
+    """Add `--config JSON`, or another `name`, validated as `model`."""
 
     def parse(text: str) -> strict.Strict:
         try:
@@ -40,7 +40,7 @@ def config_arg(found: argparse.ArgumentParser, model: type[strict.Strict]) -> No
         except UserError as error:  # argparse hides the text of a ValueError
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    found.add_argument("--config", type=parse, required=True, metavar="JSON", help=f"settings ({model.__name__})")
+    found.add_argument(name, type=parse, required=True, metavar="JSON", help=f"settings ({model.__name__})")
 
 
 def parse_args(found: argparse.ArgumentParser, argv: Any) -> argparse.Namespace:

@@ -65,7 +65,7 @@ def run_stages(folder: Path, policy: PolicySettings, *, control: Path, training:
 
     embed.main([*arguments(settings, "prompts", "embeddings"), *device])
     job: dict[str, Any] = {"policy": settings, "seed": 7, "first": 0, "count": 6, "scale": 4, "image_format": "png"}
-    sampled = ["--control", str(control), "--batch-size", "5", *device]
+    sampled = ["--control", str(control), "--batch-size", "5", *tiny_shards.speed(), *device]
     rollout.main([*arguments(job, "lr", "embeddings", "candidates"), *sampled])
     job = {"metrics": ["psnr", "entropy"], "niqe_block": 32}
     table = folder / "scores" / "light" / "shard-0000.block-000.parquet"

@@ -126,7 +126,7 @@ def test_missing_weights(fails: Callable[..., str], results: Path, tiny_model: P
     job = {"policy": policy_job(tiny_model), "seed": 0, "first": 0, "count": 1, "scale": 4, "image_format": "png"}
     paths = {"lr": results / "train/lr/shard-0000.tar", "candidates": tmp_path / "c.tar", "control": absent}
     paths |= {"embeddings": results / "train/base/embeddings/shard-0000.safetensors"}
-    line = fails(rollout.main, job, batch_size=4, device="cpu", **paths)
+    line = fails(rollout.main, job, batch_size=4, speed=SETTINGS.rollout.speed.model_dump_json(), device="cpu", **paths)
     assert str(absent) in line and "not found" in line
 
 

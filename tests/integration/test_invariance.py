@@ -30,7 +30,7 @@ def candidates(folder: Path, policy: Any, groups: list[str], batch: int) -> dict
         "--config": job.model_dump_json(),
         "--candidates": folder / "out.tar",
     }
-    rollout.main([str(part) for pair in arguments.items() for part in pair])
+    rollout.main([*tiny_shards.speed(), *(str(part) for pair in arguments.items() for part in pair)])
     return dict(read_shard(folder / "out.tar"))
 
 

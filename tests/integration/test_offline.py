@@ -112,7 +112,12 @@ class Cut:
         paths = {
             "prompt": [*self.files("images", "lr", "prompts"), "--shard", "0"],
             "embed": self.files("prompts", "embeddings"),
-            "rollout": [*self.files("lr", "embeddings", "candidates"), *control, "--batch-size", "6"],
+            "rollout": [
+                *self.files("lr", "embeddings", "candidates"),
+                *control,
+                *("--batch-size", "6"),
+                *tiny_shards.speed(),
+            ],
             "score": self.files("candidates", "lr", "scores"),
             "encode": self.files("pairs", "candidates", "lr", "encoded"),
             "train": [

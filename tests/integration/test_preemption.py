@@ -46,6 +46,7 @@ def arguments(folder: Path, tiny_model: Path) -> Callable[[str, Path], list[str]
         if name == "rollout":
             job = rollout.RolloutJob(policy=policy, seed=7, first=0, count=ROLLOUTS, scale=4, image_format="png")
             given = ["--embeddings", str(folder / "embeddings.safetensors"), "--control", policy.control]
+            given += tiny_shards.speed()
             return [*lr, *given, "--batch-size", "1", "--config", job.model_dump_json(), "--candidates", str(output)]
         if name == "score":
             job_text = json.dumps({"metrics": ["psnr", "gmsd"], "niqe_block": 32})
@@ -91,7 +92,7 @@ def test_the_batch_in_hand_is_kept(
     assert ended.value.code == stopping.TERMINATED == 143
     assert not cut.exists()
     assert sorted(path.name for path in (tmp_path / "cut.parts").rglob("*") if path.is_file()) == sorted(kept)
-    assert len(kept) == 2
+    assert 2 <= len(kept) <= 3  # a rollout keeps a batch while it samples the next one, which is then kept, too
     stop.requested = False
     MAINS[name](arguments(name, cut))
     assert len(kept) == len(set(kept)) > 2, "a batch was computed twice"

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,40 @@ def test_micro_batches_and_accumulation_leave_the_gradient(rig: Any, tmp_path: P
         assert others == pytest.approx(stats, rel=1e-4, abs=1e-6), changes
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("micro_batch", "down", "up"), [(32, 1, 2), (3, 8, 12)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_policy_and_reference_share_is_computed_once_and_changes_no_bit(
+    rig: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool, micro_batch: int, down: int, up: int
+) -> None:
+    """The policy's first pass takes the UNet's way down from the reference's; its second pass computes it again."""
+    backend, calls = rig[0].backend, {"down": 0, "up": 0}
+
+    def step() -> tuple[torch.Tensor, Any]:
+        trainer = make_trainer(rig, tmp_path, train_settings(beta=50.0, micro_batch=micro_batch))
+        nudge(trainer)
+        if checkpointing:
+            backend.checkpoint_gradients(trainer.policy)
+        stats = trainer.gradient.step(trainer.schedule.step(1))
+        return torch.cat([parameter.grad.flatten() for parameter in trainer.policy.parameters()]), stats
+
+    def count(name: str) -> Any:
+        return lambda module, given: calls.update({name: calls[name] + 1})
+
+    both = {"down": backend.unet.down_blocks[0], "up": backend.unet.up_blocks[-1]}
+    hooks = [block.resnets[0].register_forward_pre_hook(count(name)) for name, block in both.items()]
+    try:
+        shared, stats = step()
+        assert calls["down"] == down and (calls["up"] == up or checkpointing)
+        monkeypatch.setattr(type(backend), "shared", lambda self: nullcontext())
+        apart, others = step()
+    finally:
+        backend.unet.disable_gradient_checkpointing()
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(shared, apart) and shared.abs().max() > 0
+    assert all(torch.equal(stats[name], others[name]) for name in stats)
 
 
 def test_gradient_checkpointing_and_bf16_keep_the_direction(rig: Any, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import tiny_shards
-from dp2osr import config, seeds
+from dp2osr import config, sampling, seeds
 from dp2osr.errors import UserError
+from dp2osr.models import speed
 from dp2osr.models.backend import StoredEmbeddings, read_embeddings, weights_hash
 from dp2osr.sampling import images_control
 from dp2osr.shards import decode_image, encode_image, read_shard, write_shard
@@ -29,12 +32,28 @@ def job(tmp_path: Path, config_dict: dict[str, Any], tiny_model: Path) -> list[s
 
 
 def command(
-    folder: Path, policy: config.PolicySettings, *, first: int = 0, count: int = 4, batch: int = 5, out: str = "out.tar"
+    folder: Path,
+    policy: config.PolicySettings,
+    *,
+    first: int = 0,
+    count: int = 4,
+    batch: int = 5,
+    out: str = "out.tar",
+    **speed: Any,
 ) -> list[str]:
     settings = rollout.RolloutJob(policy=policy, seed=7, first=first, count=count, scale=4, image_format="png")
     inputs = ["--lr", str(folder / "lr.tar"), "--embeddings", str(folder / "embeddings.safetensors")]
-    how = ["--control", policy.control, "--batch-size", str(batch), "--device", "cpu"]
+    how = ["--control", policy.control, "--batch-size", str(batch), *tiny_shards.speed(**speed), "--device", "cpu"]
     return [*inputs, *how, "--config", settings.model_dump_json(), "--candidates", str(folder / out)]
+
+
+def restored(batch: rollout.Batch) -> str:
+    return batch[0][0]
+
+
+def encoded(batch: rollout.Batch, image: str) -> list[Any]:
+    assert image == batch[0][0]
+    return [(f"{image}-r0000", {"json": b"{}"})]
 
 
 def test_plan_keeps_a_group_together() -> None:
@@ -140,7 +159,7 @@ def test_killed_job_goes_on_with_the_same_bytes(
     rollout.main(job)
     undisturbed = (tmp_path / "out.tar").read_bytes()
     (tmp_path / "out.tar").unlink()
-    real, calls = rollout.Sampler.candidates, []
+    real, calls = rollout.Sampler.restore, []
 
     def counted(self: rollout.Sampler, batch: Any) -> Any:
         calls.append(batch)
@@ -148,7 +167,7 @@ def test_killed_job_goes_on_with_the_same_bytes(
             raise Killed
         return real(self, batch)
 
-    monkeypatch.setattr(rollout.Sampler, "candidates", counted)
+    monkeypatch.setattr(rollout.Sampler, "restore", counted)
     with pytest.raises(Killed):
         rollout.main(job)
     assert not (tmp_path / "out.tar").exists()
@@ -166,9 +185,72 @@ def test_parts_of_other_settings_are_not_mixed_in(
     assert len(list((tmp_path / "out.tar.parts").iterdir())) == 2
 
 
+def test_a_batch_is_encoded_while_the_next_is_restored(tmp_path: Path) -> None:
+    parts, second = rollout.resume.Parts(tmp_path / "out.tar", "mark"), threading.Event()
+
+    def restoring(batch: rollout.Batch) -> str:
+        if batch[0][0] == "b":
+            second.set()
+        return restored(batch)
+
+    def encoding(batch: rollout.Batch, image: str) -> list[Any]:
+        assert second.wait(30), "the next batch did not begin"
+        return encoded(batch, image)
+
+    found = list(rollout.resumed(restoring, encoding, [[("a", 0)], [("b", 0)]], parts))
+    assert [key for key, _ in found] == ["a-r0000", "b-r0000"]
+
+
+def test_a_batch_that_cannot_be_kept_stops_the_job(tmp_path: Path) -> None:
+    parts, begun = rollout.resume.Parts(tmp_path / "out.tar", "mark"), []
+
+    def restoring(batch: rollout.Batch) -> str:
+        begun.append(batch)
+        return restored(batch)
+
+    def encoding(batch: rollout.Batch, image: str) -> list[Any]:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        list(rollout.resumed(restoring, encoding, [[(name, 0)] for name in "abcd"], parts))
+    assert len(begun) <= 2 and parts.names() == []
+
+
+def test_switches_that_make_it_faster(
+    tmp_path: Path, job: list[str], config_dict: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last batch is filled up where blocks are compiled for one shape; the switches have parts of their own."""
+    monkeypatch.setattr(rollout.resume.Parts, "clear", lambda self: None)
+    rollout.main(job)
+    shapes: list[int] = []
+    real = sampling.restore
+
+    def counted(backend: Any, branch: Any, lr: torch.Tensor, **options: Any) -> torch.Tensor:
+        shapes.append(len(lr))
+        return real(backend, branch, lr, **options)
+
+    monkeypatch.setattr(sampling, "restore", counted)
+    monkeypatch.setattr(speed, "check_compiler", lambda device: None)
+    monkeypatch.setattr(speed, "compile_blocks", lambda networks, cache: None)
+    policy = tiny_shards.policy(config_dict, tiny_model)
+    how = {"channels_last": False, "fuse_qkv": True, "attention": "math", "compile": True}
+    rollout.main(command(tmp_path, policy, **how))
+    assert shapes == [5, 5, 5]  # of 12 candidates
+    fast, plain = (
+        [dict(np.load(part)) for part in sorted(folder.iterdir())]
+        for folder in sorted((tmp_path / "out.tar.parts").iterdir(), key=lambda path: path.stat().st_mtime_ns)[::-1]
+    )
+    for one, other in zip(fast, plain, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if name.endswith("png"):
+                difference = decode_image(one[name].tobytes()) - decode_image(other[name].tobytes())
+                assert difference.abs().max() <= 1.01 / 255
+
+
 def test_parts_taken_away_by_a_second_writer_are_computed_again(tmp_path: Path) -> None:
     parts = rollout.resume.Parts(tmp_path / "out.tar", "mark")
-    stream = rollout.resumed(lambda batch: [(f"{batch[0][0]}-r0000", {"json": b"{}"})], [[("a", 0)], [("b", 0)]], parts)
+    stream = rollout.resumed(restored, encoded, [[("a", 0)], [("b", 0)]], parts)
     first = next(stream)
     parts.clear()
     assert [first, *stream] == [("a-r0000", {"json": b"{}"}), ("b-r0000", {"json": b"{}"})]

@@ -6,6 +6,7 @@ and policy share everything else, in memory too.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,6 +94,12 @@ class Backend(Protocol):
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return what the model is trained to predict at x_t."""
+
+    def shared(self) -> AbstractContextManager[None]:
+        """Within it `predict` is called for the same images, timesteps and embeddings, and several control branches.
+
+        What no branch has a say in is then computed once, by the first call. It holds no graph.
+        """
 
     def predict(
         self,

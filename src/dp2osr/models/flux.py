@@ -5,6 +5,7 @@ tokenizer_2/, scheduler/. Outside of the transformer latents are (B, C, h, w); a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,10 @@ class FlowBackend:
         """Return the velocity ε - x_0."""
         return noise - latents
 
+    def shared(self) -> AbstractContextManager[None]:
+        """Nothing that is worth it: residuals are added after the first block of 57, and all others depend on them."""
+        return nullcontext()
+
     def predict(
         self,
         branch: nn.Module,
@@ -210,11 +215,11 @@ class FlowBackend:
 
     def _tokens(self, noisy: torch.Tensor, embeddings: Embeddings) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the image's tokens (B, S, 4C) and the positions of text and image, each (length, 3)."""
-        rows, columns = (torch.arange(side // PATCH) for side in noisy.shape[2:])
+        rows, columns = (torch.arange(side // PATCH, device=noisy.device) for side in noisy.shape[2:])
         places = torch.stack([*torch.meshgrid(rows, columns, indexing="ij")], dim=-1).flatten(0, 1)
-        text = torch.zeros(embeddings["prompt_embeds"].shape[1], 3)
-        image = torch.cat([torch.zeros(len(places), 1), places], dim=1)
-        return pack(noisy), {"txt_ids": text.to(noisy), "img_ids": image.to(noisy)}
+        text = noisy.new_zeros(embeddings["prompt_embeds"].shape[1], 3)
+        image = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
+        return pack(noisy), {"txt_ids": text, "img_ids": image.to(noisy.dtype)}
 
     def _conditions(
         self, module: Any, timesteps: torch.Tensor, embeddings: Embeddings, ids: Mapping[str, torch.Tensor]

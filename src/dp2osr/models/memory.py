@@ -16,6 +16,7 @@ from torch import nn
 from dp2osr.config import TrainSettings
 from dp2osr.models.footprint import META, Footprint, parameters
 from dp2osr.models.ledger import backward_bytes, forward_bytes, recomputing, weights
+from dp2osr.models.parts import decoded_at_once
 from dp2osr.models.sharding import blocks
 
 LOWER = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,7 +67,7 @@ def _text_bytes(text: Any, tokens: int) -> int:
 
 
 def rollout(found: Footprint, *, images: int, size: int) -> list[Need]:
-    """Frozen networks, and the larger of one step of sampling and the decoding of `images` candidates."""
+    """Frozen networks, and the larger of one step of sampling and of decoding, which is done in pieces."""
     return [
         _weights("backbone", [found.backbone], found.dtype),
         _weights("control branch", [found.branch], found.dtype),
@@ -80,11 +81,12 @@ def _sampling(found: Footprint, images: int, size: int) -> list[Need]:
     count = images * found.evaluations
     known = weights(branch, found.backbone, found.vae)
     step = forward_bytes(lambda: found.backend.predict(branch, *found.inputs(count, size, found.dtype)), known=known)
-    latents = torch.empty((images, *found.latent_shape(size)), dtype=found.vae_dtype, device=META)
+    decoded = min(images, decoded_at_once(size * size))
+    latents = torch.empty((decoded, *found.latent_shape(size)), dtype=found.vae_dtype, device=META)
     decode = forward_bytes(lambda: found.vae.decode(latents).sample.float().div(2).add(0.5).clamp(0, 1), known=known)
     return [
         Need(f"a step of sampling, {images} images{' and guidance' if count > images else ''}", step, lasting=False),
-        Need(f"decoding, {images} images", decode, lasting=False),
+        Need(f"decoding, {decoded} images at once", decode, lasting=False),
     ]
 
 

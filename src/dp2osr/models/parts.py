@@ -19,6 +19,9 @@ from dp2osr.repeats import once_an_image
 
 State = Mapping[str, torch.Tensor]
 
+# Decoded at once, four images of 512 px: they fill a GPU, and a whole batch would take the most memory of a rollout
+DECODED_PIXELS = 2**20
+
 disable_progress_bar()  # of weights that are loaded in a moment; logs are plain lines
 
 
@@ -125,12 +128,23 @@ class Autoencoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return images (B, 3, H, W) float32, clamped to [0, 1]."""
         latents = latents.to(self.device, self.dtype) / self.scale + self.shift
-        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        factor = _factor(self.vae.config.block_out_channels)
+        pieces = latents.split(decoded_at_once(latents.shape[2] * latents.shape[3] * factor**2))
+        return torch.cat([(self.vae.decode(piece).sample.float() / 2 + 0.5).clamp(0, 1) for piece in pieces])
+
+
+def decoded_at_once(pixels: int) -> int:
+    """Return how many images of so many pixels the VAE decodes at once."""
+    return max(1, DECODED_PIXELS // pixels)
+
+
+def _factor(channels: Sequence[int]) -> int:
+    return int(2 ** (len(channels) - 1))
 
 
 def latent_factor(folder: Path) -> int:
     """Return the pixels per latent cell along each side of a model folder's VAE."""
-    return 2 ** (len(load_settings(AutoencoderKL, folder, "vae")["block_out_channels"]) - 1)
+    return _factor(load_settings(AutoencoderKL, folder, "vae")["block_out_channels"])
 
 
 def draw_noise(

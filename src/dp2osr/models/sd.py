@@ -5,6 +5,7 @@ A model folder is in diffusers' own layout: vae/, unet/, text_encoder/, tokenize
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dp2osr.models import parts as model_parts
 from dp2osr.models import tiling
 from dp2osr.models.backend import PARTS, Embeddings, logit_normal, resolve
 from dp2osr.models.parts import Autoencoder, State, freeze, load_backbone, load_part, place
-from dp2osr.repeats import once_an_image
+from dp2osr.repeats import computed_once, once_an_image
 
 
 class SharedConditioning(ControlNetConditioningEmbedding):
@@ -138,16 +139,26 @@ class DiffusionBackend:
         """Denoise one candidate a seed; the noise of a candidate does not depend on its batch."""
         cells = (control.shape[2] // self.latent_factor, control.shape[3] // self.latent_factor)
         scheduler = self.make_scheduler(sampling.scheduler)
-        scheduler.set_timesteps(sampling.steps, device=self.device)
+        scheduler.set_timesteps(sampling.steps)  # on the CPU: a sampler reads them, and would wait for the GPU
         noise, generators = model_parts.draw_noise((self.unet.config.in_channels, *cells), seeds, self.dtype)
         latents = noise.to(self.device) * scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generators} if takes_generator else {}
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(latents, timestep)
-            prediction = self._guided(branch, scaled, timestep, control, embeddings, negative, sampling, tile, overlap)
-            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+        if sampling.guidance > 1:
+            control = torch.cat([control] * 2)
+            embeddings = {name: torch.cat([negative[name], tensor]) for name, tensor in embeddings.items()}
+        at: dict[str, Any] = {"tile": tile, "overlap": overlap, "guidance": sampling.guidance}
+        with self._embedded_once(branch, tiled=tiling.tiled(*cells, tile)):
+            for timestep, moved in zip(scheduler.timesteps, scheduler.timesteps.to(self.device), strict=True):
+                scaled = scheduler.scale_model_input(latents, timestep)
+                prediction = self._guided(branch, scaled, moved, control, embeddings, **at)
+                latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
         return latents
+
+    def _embedded_once(self, branch: nn.Module, *, tiled: bool) -> AbstractContextManager[None]:
+        """Within it all steps share the first step's embedding of the control image, which is the same in each."""
+        embedding = getattr(branch, "controlnet_cond_embedding", None)
+        return nullcontext() if tiled or embedding is None else computed_once([embedding])
 
     def _guided(
         self,
@@ -156,16 +167,17 @@ class DiffusionBackend:
         timestep: torch.Tensor,
         control: torch.Tensor,
         embeddings: Embeddings,
-        negative: Embeddings,
-        sampling: SamplingSettings,
+        *,
+        guidance: float,
         tile: int,
         overlap: int,
     ) -> torch.Tensor:
-        """Classifier-free guidance where guidance > 1: n + g · (p - n), both halves in one batch."""
-        guided = sampling.guidance > 1
-        if guided:
-            noisy, control = torch.cat([noisy] * 2), torch.cat([control] * 2)
-            embeddings = {name: torch.cat([negative[name], tensor]) for name, tensor in embeddings.items()}
+        """Classifier-free guidance where guidance > 1: n + g · (p - n), both halves in one batch.
+
+        Of control and embeddings the first half is then the negative prompt's, the second the prompt's.
+        """
+        if guidance > 1:
+            noisy = torch.cat([noisy] * 2)
 
         def window(rows: slice, columns: slice) -> torch.Tensor:
             factor = self.latent_factor
@@ -174,10 +186,10 @@ class DiffusionBackend:
             return self.predict(branch, noisy[:, :, rows, columns], timestep, part, embeddings)
 
         prediction = tiling.blend(window, noisy.shape, tile=tile, overlap=overlap)
-        if not guided:
+        if guidance <= 1:
             return prediction
         without, with_prompt = prediction.chunk(2)
-        return without + sampling.guidance * (with_prompt - without)
+        return without + guidance * (with_prompt - without)
 
     def draw_timesteps(self, count: int, generator: torch.Generator, density: str = "uniform") -> torch.Tensor:
         """Return `count` timesteps of the training schedule."""
@@ -198,6 +210,11 @@ class DiffusionBackend:
         if kind == "v_prediction":
             return self.noise_scheduler.get_velocity(latents, noise, timesteps)
         raise UserError(f"scheduler: prediction_type: found '{kind}', wanted epsilon or v_prediction")
+
+    def shared(self) -> AbstractContextManager[None]:
+        """The UNet's way down and its middle: a branch's residuals are added after them."""
+        modules = [self.unet.conv_in, *self.unet.down_blocks, self.unet.mid_block]
+        return computed_once(module for module in modules if module is not None)
 
     def predict(
         self,

@@ -24,12 +24,17 @@ def feather(rows: int, columns: int, overlap: int) -> torch.Tensor:
     return ramp(rows)[:, None] * ramp(columns)
 
 
+def tiled(height: int, width: int, tile: int) -> bool:
+    """Return whether a plane of cells is computed in windows of `tile` cells; tile 0 is the whole plane at once."""
+    return tile > 0 and (height > tile or width > tile)
+
+
 def blend(
     window: Callable[[slice, slice], torch.Tensor], shape: torch.Size, *, tile: int, overlap: int
 ) -> torch.Tensor:
     """Return `window` of the whole (B, C, h, w) plane, computed in tiles where `tile` > 0 and the plane is larger."""
     height, width = shape[2:]
-    if tile <= 0 or (height <= tile and width <= tile):
+    if not tiled(height, width, tile):
         return window(slice(0, height), slice(0, width))
     total, weights = torch.zeros(()), torch.zeros(())
     for top in starts(height, tile, overlap):

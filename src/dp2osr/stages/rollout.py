@@ -1,7 +1,7 @@
 """Seeded candidates of one shard and one block of seeds, sampled from a policy.
 
 Finished batches are kept beside the output until it stands, so that a killed job goes on where it was; the candidates
-equal those of a job that was never killed.
+equal those of a job that was never killed. A batch is encoded and kept while the next one is sampled.
 """
 
 import argparse
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from dp2osr import config, resume, seeds, stage, strict, versions
+from dp2osr.ahead import Behind
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from dp2osr.shards import Sample
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Batch = Sequence[tuple[str, int]]  # (group_id, rollout)
 
 
 class RolloutJob(strict.Strict):
@@ -45,7 +49,10 @@ class RolloutJob(strict.Strict):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy and the groups of a shard, ready to sample any (group, rollout)."""
+    """A policy and the groups of a shard, ready to sample any (group, rollout).
+
+    filled: batches are filled up to so many candidates, of which the surplus is dropped; 0: they are taken as they are.
+    """
 
     backend: "Backend"
     branch: "torch.nn.Module"
@@ -54,45 +61,53 @@ class Sampler:
     negative: "Embeddings"
     policy_hash: str
     job: RolloutJob
+    speed: config.SpeedSettings
+    filled: int = 0
 
-    def candidates(self, batch: Sequence[tuple[str, int]]) -> list["Sample"]:
-        """Sample a batch of (group_id, rollout); returns the samples of the candidates' shard."""
+    def restore(self, batch: Batch) -> list[np.ndarray]:
+        """Sample a batch; returns (H, W, 3) uint8 RGB of each candidate, off the GPU."""
         import torch
 
         from dp2osr import sampling, shards
+        from dp2osr.models import speed
         from dp2osr.models.backend import stack
 
-        settings, device = self.job.policy.sampling, self.backend.device
-        numbers = [seeds.candidate(self.job.seed, group, rollout) for group, rollout in batch]
+        device, full = self.backend.device, [*batch, *[batch[-1]] * (self.filled - len(batch))]
         restore = sampling.restore_whole if self.job.whole else sampling.restore
-        restored = restore(
-            self.backend,
-            self.branch,
-            torch.stack([self.images[group] for group, _ in batch]).to(device),
-            scale=self.job.scale,
-            embeddings=stack([self.embeddings[group] for group, _ in batch], device),
-            negative=stack([self.negative] * len(batch), device),
-            seeds=numbers,
-            sampling=settings,
-        )
+        with speed.attention(self.speed):
+            restored = restore(
+                self.backend,
+                self.branch,
+                torch.stack([self.images[group] for group, _ in full]).to(device),
+                scale=self.job.scale,
+                embeddings=stack([self.embeddings[group] for group, _ in full], device),
+                negative=stack([self.negative] * len(full), device),
+                seeds=[seeds.candidate(self.job.seed, group, rollout) for group, rollout in full],
+                sampling=self.job.policy.sampling,
+            )
+        return [shards.to_uint8(image) for image in restored[: len(batch)]]
+
+    def encode(self, batch: Batch, restored: Sequence[np.ndarray]) -> list["Sample"]:
+        """Return the samples of the candidates' shard."""
+        from dp2osr import shards
+
         found = []
-        for (group, rollout), seed, image in zip(batch, numbers, restored, strict=True):
+        for (group, rollout), image in zip(batch, restored, strict=True):
+            seed = seeds.candidate(self.job.seed, group, rollout)
             facts = {"group_id": group, "rollout": rollout, "seed": seed, "policy_hash": self.policy_hash}
-            told = json.dumps({**facts, "sampling": settings.model_dump()}, sort_keys=True).encode()
-            data = shards.encode_image(image, self.job.image_format)
+            told = json.dumps({**facts, "sampling": self.job.policy.sampling.model_dump()}, sort_keys=True).encode()
+            data = shards.encode_array(image, self.job.image_format)
             found.append((f"{group}-r{rollout:04d}", {self.job.image_format: data, "json": told}))
         return found
 
 
-def plan(groups: Sequence[str], first: int, count: int, batch_size: int) -> list[list[tuple[str, int]]]:
+def plan(groups: Sequence[str], first: int, count: int, batch_size: int) -> list[Batch]:
     """Cut all (group, rollout) of a job, the rollouts of a group together, into batches."""
     wanted = [(group, rollout) for group in groups for rollout in range(first, first + count)]
     return [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
 
 
-def plan_shapes(
-    images: Mapping[str, "torch.Tensor"], first: int, count: int, batch_size: int
-) -> list[list[tuple[str, int]]]:
+def plan_shapes(images: Mapping[str, "torch.Tensor"], first: int, count: int, batch_size: int) -> list[Batch]:
     """Plan as `plan` does, the groups in order and no batch across images of two shapes."""
     alike = groupby(images, key=lambda group: images[group].shape)
     return [batch for _, groups in alike for batch in plan(list(groups), first, count, batch_size)]
@@ -117,24 +132,36 @@ def unpack(data: bytes) -> list["Sample"]:
 
 
 def resumed(
-    compute: Callable[[Sequence[tuple[str, int]]], list["Sample"]],
-    batches: Sequence[Sequence[tuple[str, int]]],
+    restore: Callable[[Batch], T],
+    encode: Callable[[Batch, T], list["Sample"]],
+    batches: Sequence[Batch],
     parts: resume.Parts,
 ) -> Iterator["Sample"]:
-    """Compute the batches that `parts` does not hold yet, then yield all samples in order."""
+    """Compute the batches that `parts` does not hold yet, then yield all samples in order.
+
+    A batch is encoded and kept while the next one is restored. After SIGTERM no further one is begun.
+    """
     names = [f"batch-{index:06d}.npz" for index in range(len(batches))]
     pending = [index for index, name in enumerate(names) if not (parts.folder / name).is_file()]
     logger.info("%d batches, %d of them kept from an earlier attempt", len(batches), len(batches) - len(pending))
-    for index in stage.progress(pending, len(pending), f"batches of {len(batches[0])} candidates", logger):
-        parts.put(names[index], pack(compute(batches[index])))
+
+    def keep(index: int, restored: T) -> None:
+        parts.put(names[index], pack(encode(batches[index], restored)))
+
+    with Behind() as behind:
+        for index in stage.progress(pending, len(pending), f"batches of {len(batches[0])} candidates", logger):
+            behind.do(keep, index, restore(batches[index]))
+            if stage.STOP.requested:  # the last line of the log says how many are kept
+                behind.wait()
     for name, batch in zip(names, batches, strict=True):
         kept = parts.get(name)  # None where a second writer of the same output has finished and cleared it
-        yield from unpack(kept) if kept is not None else compute(batch)
+        yield from unpack(kept) if kept is not None else encode(batch, restore(batch))
 
 
 def load_sampler(args: argparse.Namespace) -> Sampler:
     """Read the shard's LR images and embeddings, and load the policy."""
     from dp2osr import shards
+    from dp2osr.models import speed
     from dp2osr.models.backend import load_backend, read_embeddings, resolve, weights_hash
 
     job: RolloutJob = args.config
@@ -148,7 +175,9 @@ def load_sampler(args: argparse.Namespace) -> Sampler:
     device = stage.device(args.device)
     backend = load_backend(job.policy, device=device, parts=frozenset({"backbone", "vae"}))
     branch = backend.load_control(args.control)
-    return Sampler(backend, branch, images, embeddings, negative, policy_hash, job)
+    speed.prepare(backend, branch, args.speed)
+    filled = args.batch_size if args.speed.compile and not job.whole else 0  # what is compiled is for one shape
+    return Sampler(backend, branch, images, embeddings, negative, policy_hash, job, args.speed, filled)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -160,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--control", required=True, help="control branch: a folder, a .safetensors file or builtin:NAME"
     )
     parser.add_argument("--batch-size", type=int, required=True, help="candidates denoised at once")
+    stage.config_arg(parser, config.SpeedSettings, "--speed")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--candidates", type=Path, required=True, help="output: shard of candidates")
     stage.config_arg(parser, RolloutJob)
@@ -168,10 +198,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampler = load_sampler(args)
     batches = plan_shapes(sampler.images, args.config.first, args.config.count, args.batch_size)
-    settings = f"{versions.ROLLOUT} {args.config.model_dump_json()} {args.batch_size} {sampler.backend.device.type}"
+    how = f"{args.batch_size} {args.speed.model_dump_json(exclude={'compile_cache'})} {sampler.backend.device.type}"
+    settings = f"{versions.ROLLOUT} {args.config.model_dump_json()} {how}"
     mark = resume.fingerprint(settings, sampler.policy_hash, args.lr, args.embeddings)
     parts = resume.Parts(args.candidates, mark)
-    shards.write_shard(args.candidates, resumed(sampler.candidates, batches, parts))
+    shards.write_shard(args.candidates, resumed(sampler.restore, sampler.encode, batches, parts))
     parts.clear()
 
 

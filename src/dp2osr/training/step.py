@@ -121,9 +121,17 @@ class Gradient:
         means = self.accelerator.reduce(sums, reduction="sum")
         return dict(zip(STATS, means.unbind(), strict=True))
 
-    def _errors(self, branch: nn.Module, batch: Batch, spare: Sequence[slice]) -> torch.Tensor:
-        spans = [*batch.slices(self.settings.micro_batch), *spare]
-        return torch.cat([self._forward(branch, part(batch, span)) for span in spans])[: len(batch.latents)]
+    def _errors(self, batch: Batch, spare: Sequence[slice], *, graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (I,) errors of policy and reference; what the two have in common is computed once."""
+        policy, reference = [], []
+        for span in (*batch.slices(self.settings.micro_batch), *spare):
+            with self.feed.backend.shared():
+                with torch.no_grad():
+                    reference.append(self._forward(self.reference, part(batch, span)))
+                with torch.set_grad_enabled(graph):
+                    policy.append(self._forward(self.policy, part(batch, span)))
+        count = len(batch.latents)
+        return torch.cat(policy)[:count], torch.cat(reference)[:count]
 
     def _forward(self, branch: nn.Module, batch: Batch) -> torch.Tensor:
         return branch_errors(self.accelerator, self.feed.backend, branch, batch)
@@ -135,11 +143,8 @@ class Gradient:
         they compute, of one image, weighs nothing."""
         spans = batch.slices(self.settings.micro_batch)
         spare = [slice(0, 1)] * (passes - len(spans))
-        with torch.no_grad():
-            reference = self._errors(self.reference, batch, spare)
         one_pass = passes == 1
-        with torch.set_grad_enabled(one_pass):
-            errors = self._errors(self.policy, batch, spare)
+        errors, reference = self._errors(batch, spare, graph=one_pass)
         if not one_pass:
             errors.requires_grad_()
         pairs = {"chosen": batch.chosen, "rejected": batch.rejected, "weights": batch.weights}
