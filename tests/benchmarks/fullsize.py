@@ -21,7 +21,7 @@ import itertools
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -159,13 +159,6 @@ def measure(contest: ways.Contest, device: torch.device, repeats: int) -> Row:
     return Row(contest.stage, contest.unit, *both)
 
 
-def rows(setup: ways.Setup, stages: list[str], repeats: int) -> Iterator[Row]:
-    """Measure stages one after the other."""
-    for name in stages:
-        for contest in ways.STAGES[name](setup):
-            yield measure(contest, setup.device, repeats)
-
-
 def record(row: Row, device: Device, args: argparse.Namespace, setup: ways.Setup) -> str:
     """Return a row as a line of JSON, with all that it depends on."""
     facts = {
@@ -201,30 +194,44 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def in_float32(
+    policy: config.PolicySettings, train: config.TrainSettings
+) -> tuple[config.PolicySettings, config.TrainSettings]:
+    """Return the settings for a CPU."""
+    sampler = policy.sampling.model_copy(update={"dtype": "float32"})
+    return policy.model_copy(update={"sampling": sampler}), train.model_copy(update={"precision": "no"})
+
+
 def make_setup(
     policy: config.PolicySettings, train: config.TrainSettings, args: argparse.Namespace, device: torch.device
 ) -> ways.Setup:
-    """Return the models on the device: the authors' float16 for the plain way, all float32 on the CPU."""
-    plain = torch.float16
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-        policy = policy.model_copy(update={"sampling": policy.sampling.model_copy(update={"dtype": "float32"})})
-        train, plain = train.model_copy(update={"precision": "no"}), torch.float32
+    """Return the models on the device; the plain way is in float16 as the authors', on a CPU in float32."""
     backend = random_model.load(policy, device)
+    plain = torch.float32 if device.type == "cpu" else torch.float16
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=train.precision)
     return ways.Setup(backend, policy, train, args.size, args.batch, args.top, plain, accelerator)
 
 
 def run(policy: config.PolicySettings, train: config.TrainSettings, args: argparse.Namespace) -> None:
-    """Measure the stages, print a table, and append to the output."""
-    setup = make_setup(policy, train, args, stage.device(args.device))
-    device = Device.measure(setup.device, setup.backend.dtype)
-    sizes = f"width / {args.width}, {args.size} px, {setup.policy.sampling.steps} steps, batch {args.batch}"
+    """Measure the stages, each with models of its own, and print a table."""
+    where = stage.device(args.device)
+    if where.type == "cpu":
+        torch.set_num_threads(1)
+        policy, train = in_float32(policy, train)
+    device = Device.measure(where, getattr(torch, policy.sampling.dtype))
+    sizes = f"width / {args.width}, {args.size} px, {policy.sampling.steps} steps, batch {args.batch}"
     print(f"{args.architecture}, {sizes}, N = {args.top}, median of {args.repeats}; {device.name},")
-    print(f"{setup.backend.dtype}, the plain way {setup.plain_dtype}, torch {torch.__version__};", end=" ")
+    print(f"{policy.sampling.dtype}, torch {torch.__version__};", end=" ")
     print(f"a product reaches {device.rate / 1e12:.3g} TFLOP/s, a copy {device.memory / 1e9:.3g} GB/s")
     print(HEADER, flush=True)
-    for row in rows(setup, args.stages, args.repeats):
+    for name in args.stages:
+        run_stage(name, make_setup(policy, train, args, where), device, args)
+
+
+def run_stage(name: str, setup: ways.Setup, device: Device, args: argparse.Namespace) -> None:
+    """Measure a stage; print its rows and append them to the output, each as soon as it is there."""
+    for contest in ways.STAGES[name](setup):
+        row = measure(contest, setup.device, args.repeats)
         print(row.line(device), flush=True)
         if args.output:
             with args.output.open("a") as handle:

@@ -7,22 +7,24 @@ computation stay. On torch's `meta` device nothing is held at all, and the true 
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, FluxControlNetModel
+from torch import nn
 
 from dp2osr import config
 from dp2osr.iqa.pretrained import replaced
-from dp2osr.models import flux, footprint, parts, sd
+from dp2osr.models import flux, parts, sd
 from dp2osr.models.backend import Backend, Embeddings, load_backend
+from dp2osr.models.footprint import ARCHITECTURES, CONTROL_LAYERS, META
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = {"sd2-base": "c-sd2.yaml", "flux-dev": "c-flux.yaml"}
 NARROWER = ("block_out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
-BRANCH = "controlnet"  # its folder in the model's
 
 
 def settings(architecture: str, overlays: Sequence[Path] = ()) -> config.Config:
@@ -32,7 +34,7 @@ def settings(architecture: str, overlays: Sequence[Path] = ()) -> config.Config:
 
 def reduced(architecture: str, width: int, folder: Path) -> Path:
     """Write the configurations of an architecture with widths divided by `width` (a power of two) to `folder`."""
-    shutil.copytree(footprint.ARCHITECTURES / architecture, folder)
+    shutil.copytree(ARCHITECTURES / architecture, folder)
     for part in ("unet", "transformer", "vae"):
         path = folder / part / "config.json"
         if path.exists():
@@ -56,12 +58,8 @@ def narrowed(values: dict[str, Any], width: int, part: str) -> dict[str, Any]:
 
 
 def policy(base: config.PolicySettings, architecture: str, width: int, folder: Path) -> config.PolicySettings:
-    """Return `base` with model and control branch in `folder`, where their configurations are written."""
-    model = reduced(architecture, width, folder)
-    found = base.model_copy(update={"model": str(model), "control": str(model / BRANCH)})
-    branch: Any = footprint.load(found).branch  # of a folder that is not there: what the paper starts from
-    branch.save_config(model / BRANCH)
-    return found
+    """Return `base` with its model in `folder`, where the configurations are written."""
+    return base.model_copy(update={"model": str(reduced(architecture, width, folder))})
 
 
 @contextlib.contextmanager
@@ -77,12 +75,11 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_parts(policy: config.PolicySettings, device: torch.device) -> Iterator[None]:
+def random_parts(device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> Iterator[None]:
     """Let folders that hold configurations alone load as networks with random weights."""
 
     def random_part(kind: Any, folder: Path, part: str, **_: Any) -> Any:
-        name = policy.sampling.vae_dtype if kind is AutoencoderKL else policy.sampling.dtype
-        with made_on(device, getattr(torch, name)):
+        with made_on(device, vae_dtype if kind is AutoencoderKL else dtype):
             return kind.from_config(parts.load_settings(kind, folder, part))
 
     with contextlib.ExitStack() as stack:
@@ -93,22 +90,39 @@ def random_parts(policy: config.PolicySettings, device: torch.device) -> Iterato
 
 def load(policy: config.PolicySettings, device: torch.device) -> Backend:
     """Return the real backend of a folder that holds configurations alone, with random weights."""
-    with random_parts(policy, device):
+    dtypes = (getattr(torch, name) for name in (policy.sampling.dtype, policy.sampling.vae_dtype))
+    with random_parts(device, *dtypes):
         return load_backend(policy, device=device, parts=frozenset({"backbone", "vae"}))
 
 
-def control_branch(backend: Backend, policy: config.PolicySettings, dtype: torch.dtype) -> Any:
-    """Return the control branch as the backend loads it, in `dtype` on the backend's device."""
-    with random_parts(policy, backend.device):
-        return torch.nn.Module.to(backend.load_control(policy.control), dtype=dtype)
+def control_branch(backend: Backend, dtype: torch.dtype) -> Any:
+    """Return a control branch as the paper starts one and the backend loads it, in `dtype` on the backend's device."""
+    with tempfile.TemporaryDirectory() as folder, random_parts(backend.device, backend.dtype, backend.dtype):
+        plain_branch(backend, backend.dtype, META).save_config(Path(folder) / "controlnet")
+        return nn.Module.to(backend.load_control(Path(folder) / "controlnet"), dtype=dtype)
 
 
-def plain_branch(backend: Backend, policy: config.PolicySettings, dtype: torch.dtype) -> Any:
-    """Return the same as diffusers has it."""
-    kind: Any = ControlNetModel if backend.backbone_folder == "unet" else FluxControlNetModel
-    path = Path(policy.control)
+def plain_branch(backend: Backend, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Return the same as diffusers has it, by default on the backend's device."""
+    backbone: Any = backend.backbone
+    with made_on(device or backend.device, dtype):
+        if backend.backbone_folder == "unet":
+            return ControlNetModel.from_unet(backbone, load_weights_from_unet=False).eval()
+        return FluxControlNetModel.from_transformer(
+            backbone,
+            num_layers=CONTROL_LAYERS,
+            num_single_layers=0,
+            attention_head_dim=backbone.config.attention_head_dim,
+            num_attention_heads=backbone.config.num_attention_heads,
+            load_weights_from_transformer=False,
+        ).eval()
+
+
+def plain_backbone(backend: Backend, dtype: torch.dtype) -> Any:
+    """Return a backbone as diffusers has it."""
+    kind: Any = type(backend.backbone)
     with made_on(backend.device, dtype):
-        return kind.from_config(parts.load_settings(kind, path.parent, path.name)).eval()
+        return kind.from_config(backend.backbone.config).requires_grad_(False).eval()
 
 
 def embeddings(backend: Backend, policy: config.PolicySettings, count: int) -> Embeddings:

@@ -53,7 +53,7 @@ class Setup:
 
     def branch(self, dtype: torch.dtype) -> Any:
         """Return a control branch of ours."""
-        return random_model.control_branch(self.backend, self.policy, dtype)
+        return random_model.control_branch(self.backend, dtype)
 
     def embeddings(self, count: int) -> Embeddings:
         """Return random text embeddings."""
@@ -98,10 +98,8 @@ def _pipeline(setup: Setup, lr: torch.Tensor) -> Work:
     """
     backend: Any = setup.backend
     dtype = setup.plain_dtype
-    same = dtype == backend.dtype
-    backbone = backend.backbone if same else nn.Module.to(copy.deepcopy(backend.backbone), dtype=dtype)
-    networks = {backend.backbone_folder: backbone, "vae": backend.autoencoder.vae}
-    networks["controlnet"] = random_model.plain_branch(backend, setup.policy, dtype)
+    networks = {backend.backbone_folder: random_model.plain_backbone(backend, dtype), "vae": backend.autoencoder.vae}
+    networks["controlnet"] = random_model.plain_branch(backend, dtype)
     found, call = _diffusion(setup, networks) if backend.backbone_folder == "unet" else _flow(setup, networks)
     found.set_progress_bar_config(disable=True)
     sampler = setup.policy.sampling
@@ -263,7 +261,7 @@ def textbook(setup: Setup, settings: config.TrainSettings) -> Work:
     backend: Any = copy.copy(setup.backend)
     backend.backbone = copy.deepcopy(setup.backend.backbone)
     setattr(backend, backend.backbone_folder, backend.backbone)
-    policy, reference = (random_model.plain_branch(setup.backend, setup.policy, torch.float32) for _ in range(2))
+    policy, reference = (random_model.plain_branch(setup.backend, torch.float32) for _ in range(2))
     policy.requires_grad_(True).train()
     reference.requires_grad_(False)
     if settings.gradient_checkpointing:
