@@ -17,10 +17,8 @@ from dp2osr.models.footprint import META
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
-# The smallest call of each that does its work; of the others (minutes, a browser) the command line alone.
+# The smallest call of each that does its work; of the others (minutes, a browser, or a test below) the command line.
 CALLS = {
-    "fullsize.py": "--architecture sd2-base --device cpu --width 16 --size 64 --steps 1 --batch 2 --top 1 --repeats 1"
-    " --stages decode encode train",
     "reward_pairs.py": "--groups 4 --rollouts 4 --metrics 2 --top 1 --shards 2 --blocks 2 --subset 2",
     "rollout.py": "--images 1 --seeds 2",
     "row_groups.py": "--groups 10 --rollouts 4",
@@ -29,6 +27,17 @@ CALLS = {
 }
 TINY = {"size": 64, "batch": 2, "top": 2}  # pixels, candidates, N
 WIDTH = 16
+SHALLOW: dict[str, dict[str, Any]] = {
+    "transformer": {"num_layers": 1, "num_single_layers": 1},
+    "unet": {
+        "layers_per_block": 1,
+        "block_out_channels": [20, 40],
+        "attention_head_dim": [1, 2],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
+    "vae": {"layers_per_block": 1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -70,20 +79,23 @@ def test_rows_are_kept_as_they_come(
     call: Callable[..., None], short_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "rows.jsonl"
-    sizes = f"--device cpu --width {WIDTH} --size 64 --steps 1 --batch 2 --repeats 2 --output {output}"
-    for stage in ("rollout", "encode"):
-        command = f"--architecture flux-dev --configfile {short_text} {sizes} --stages {stage}"
-        call("fullsize.py", *command.split())
+    sizes = f"--device cpu --width {WIDTH} --size 64 --steps 1 --batch 2 --output {output}".split()
+    flow = ["--architecture", "flux-dev", "--configfile", str(short_text), "--repeats", "2", "--stages", "rollout"]
+    call("fullsize.py", *sizes, *flow)
+    diffusion = ["--architecture", "sd2-base", "--repeats", "1", "--stages", "rollout", "decode"]
+    call("fullsize.py", *sizes, *diffusion)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["stage"], row["unit"], row["card"]) for row in rows] == [
-        ("rollout", "image", "CPU"),
-        ("encode", "image", "CPU"),
+    assert [(row["architecture"], row["stage"], row["unit"], row["card"]) for row in rows] == [
+        ("flux-dev", "rollout", "image", "CPU"),
+        ("sd2-base", "rollout", "image", "CPU"),
+        ("sd2-base", "decode", "image", "CPU"),
     ]
     ours, plain = rows[0]["ours"], rows[0]["plain"]
     assert len(ours["seconds"]) == len(plain["seconds"]) == 2 and min(ours["seconds"]) > 0
     ratios = [p / o for o, p in zip(ours["seconds"], plain["seconds"], strict=True)]
     assert rows[0]["ratio"] == pytest.approx(sum(ratios) / 2)
-    assert ours["count"]["flops"] < plain["count"]["flops"]  # the control image is encoded once for both candidates
+    # the control image is encoded (FLUX) or embedded (SD2) once for both candidates
+    assert all(row["ours"]["count"]["flops"] < row["plain"]["count"]["flops"] for row in rows[:2])
     assert "images/s" in capsys.readouterr().out
 
 
@@ -144,22 +156,31 @@ def test_flux_at_true_size_by_hand(tmp_path: Path) -> None:
     assert counting.CARDS[0].seconds(sampled) == pytest.approx(sampled.flops / 790e12)
 
 
-@pytest.mark.parametrize("architecture", ["sd2-base", "flux-dev"])
-def test_counts_on_meta_are_those_of_a_run(architecture: str, short_text: Path, tmp_path: Path) -> None:
+def both_setups(architecture: str, overlays: list[Path], folder: Path) -> tuple[Any, Any]:
+    """Return a narrow and shallow model on the CPU, in float32, and the same on `meta`."""
     import counting
     import fullsize
     import random_model
+
+    found = random_model.settings(architecture, overlays)
+    base = found.policies["base"]
+    base = base.model_copy(update={"sampling": base.sampling.model_copy(update={"steps": 1})})
+    policy = random_model.policy(base, architecture, WIDTH, folder / "model")
+    for part, changes in SHALLOW.items():
+        path = folder / "model" / part / "config.json"
+        if path.exists():
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    policy, train = fullsize.in_float32(policy, found.runs["default"].train)
+    args: Any = type("Args", (), TINY)
+    return fullsize.make_setup(policy, train, args, torch.device("cpu")), counting.hollow(policy, train, **TINY)
+
+
+@pytest.mark.parametrize("architecture", ["sd2-base", "flux-dev"])
+def test_counts_on_meta_are_those_of_a_run(architecture: str, short_text: Path, tmp_path: Path) -> None:
+    import counting
     import ways
 
-    found = random_model.settings(architecture, [short_text] if architecture == "flux-dev" else [])
-    train, base = found.runs["default"].train, found.policies["base"]
-    base = base.model_copy(update={"sampling": base.sampling.model_copy(update={"steps": 1})})
-    policy = random_model.policy(base, architecture, WIDTH, tmp_path / "model")
-    policy, train = fullsize.in_float32(policy, train)
-    args: Any = type("Args", (), TINY)
-    real = fullsize.make_setup(policy, train, args, torch.device("cpu"))
-    hollow = counting.hollow(policy, train, **TINY)
-
+    real, hollow = both_setups(architecture, [short_text] if architecture == "flux-dev" else [], tmp_path)
     (contest,) = ways.rollout(real)
     sampled, pixels = counting.rollout(hollow)
     assert counting.counted(contest.make[0]()).flops == TINY["batch"] * (sampled + pixels).flops
@@ -167,8 +188,20 @@ def test_counts_on_meta_are_those_of_a_run(architecture: str, short_text: Path, 
     assert counting.counted(contest.make[0]()).flops == TINY["batch"] * counting.encode(hollow).flops
     groups, pairs = ways.train(real)
     assert counting.counted(groups.make[0]()).flops == pytest.approx(4 * counting.dpo(hollow, "groups").flops)
-    assert counting.counted(pairs.make[0]()).flops == pytest.approx(2 * counting.dpo(hollow, "pairs").flops)
     step = pairs.make[1]()
     with FlopCounterMode(display=False) as torchs:
         step()
     assert torchs.get_total_flops() == pytest.approx(2 * counting.dpo(hollow, "textbook").flops)
+
+
+def test_scores_of_both_ways_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import scoring
+    import ways
+
+    monkeypatch.setattr(scoring, "DEFAULT", ["gmsd", "psnr"])
+    monkeypatch.setattr(scoring, "TRAINED", ["lpips"])
+    real, _ = both_setups("sd2-base", [], tmp_path)
+    for contest, names in zip(ways.score(real), (scoring.DEFAULT, scoring.TRAINED), strict=True):
+        ours, plain = (make()() for make in contest.make)
+        assert contest.units == (ways.SCORED_GROUPS * TINY["batch"],) * 2
+        assert [list(ours[name]) for name in names] == [pytest.approx(each.tolist(), abs=1e-5) for each in plain]
