@@ -187,7 +187,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1, help="divides the networks' widths")
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--steps", type=int, help="of sampling; the paper's unless given")
-    parser.add_argument("--batch", type=int, default=8, help="candidates at once")
+    parser.add_argument("--batch", type=int, help="candidates at once; the setting's unless given")
     parser.add_argument("--top", type=int, help="N; the paper's unless given")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file of JSON lines to append to")
@@ -244,6 +244,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "`FluxPosEmbed`", FutureWarning)
     found = random_model.settings(args.architecture, args.configfile)
     args.top = args.top or found.runs["default"].pairs.top
+    args.batch = args.batch or found.rollout.batch_size
     base, train = found.policies["base"], found.runs["default"].train
     sampler = base.sampling.model_copy(update={"steps": args.steps or base.sampling.steps})
     with tempfile.TemporaryDirectory() as folder:
