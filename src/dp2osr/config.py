@@ -16,6 +16,7 @@ from dp2osr.config_datasets import LrSettings, PublishedSettings, check_dataset
 from dp2osr.config_degradation import DegradationSettings
 from dp2osr.config_downstream import DownstreamSettings
 from dp2osr.config_metrics import IqaSettings
+from dp2osr.config_rollout import RolloutSettings
 from dp2osr.errors import UserError
 from dp2osr.strict import Count, Name, Probability, Strict, parse
 
@@ -99,28 +100,6 @@ class PolicySettings(Strict):
     derive: Literal["", "blur", "mean", "bicubic"]
     derive_from: str
     derive_sigma: Annotated[float, Field(ge=0)]
-
-
-class SpeedSettings(Strict):
-    """How fast candidates are sampled; no key changes them beyond rounding (docs/levers.md)."""
-
-    channels_last: bool
-    fuse_qkv: bool
-    attention: Literal["auto", "flash", "efficient", "cudnn", "math"]
-    cudnn_benchmark: bool
-    compile: bool
-    compile_cache: str
-
-
-class RolloutSettings(Strict):
-    """How rollout jobs are cut and stored; no key here changes a candidate's pixels beyond rounding."""
-
-    num_rollouts: Count
-    rollouts_per_block: Count
-    batch_size: Count
-    speed: SpeedSettings
-    image_format: Literal["png", "webp"]
-    keep: Literal["all", "selected"]
 
 
 class RewardSettings(Strict):

@@ -222,8 +222,8 @@ def hollow(
 ) -> ways.Setup:
     """Return models on `meta`; policy: of configurations that random_model.policy has written."""
     backend = random_model.load(policy, META)
-    accelerator = HollowAccelerator(LOWER[train.precision])
-    return ways.Setup(backend, policy, train, size, batch, top, backend.dtype, accelerator)
+    accelerator, speed = HollowAccelerator(LOWER[train.precision]), random_model.settings("sd2-base").rollout.speed
+    return ways.Setup(backend, policy, train, size, batch, top, backend.dtype, accelerator, speed)
 
 
 def stages(

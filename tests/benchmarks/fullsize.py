@@ -166,6 +166,7 @@ def record(row: Row, device: Device, args: argparse.Namespace, setup: ways.Setup
         "architecture": args.architecture,
         **{name: getattr(args, name) for name in ("width", "size", "batch", "top", "repeats")},
         "steps": setup.policy.sampling.steps,
+        "speed": setup.speed.model_dump(),
         "dtype": str(setup.backend.dtype),
         "plain_dtype": str(setup.plain_dtype),
         "card": device.name,
@@ -209,7 +210,7 @@ def make_setup(
     backend = random_model.load(policy, device)
     plain = torch.float32 if device.type == "cpu" else torch.float16
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=train.precision)
-    return ways.Setup(backend, policy, train, args.size, args.batch, args.top, plain, accelerator)
+    return ways.Setup(backend, policy, train, args.size, args.batch, args.top, plain, accelerator, args.speed)
 
 
 def run(policy: config.PolicySettings, train: config.TrainSettings, args: argparse.Namespace) -> None:
@@ -244,6 +245,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "`FluxPosEmbed`", FutureWarning)
     found = random_model.settings(args.architecture, args.configfile)
     args.top = args.top or found.runs["default"].pairs.top
+    args.speed = found.rollout.speed
     args.batch = args.batch or found.rollout.batch_size
     base, train = found.policies["base"], found.runs["default"].train
     sampler = base.sampling.model_copy(update={"steps": args.steps or base.sampling.steps})

@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from dp2osr import config, resume, sampling, shards, stage
+from dp2osr.config_rollout import SpeedSettings
 from dp2osr.iqa.pretrained import replaced
 from dp2osr.models import footprint, parts, speed
 from dp2osr.models.backend import Backend, Embeddings, load_backend
@@ -68,7 +69,7 @@ class Setup:
     backend: Backend
     branch: Any
     policy: config.PolicySettings
-    speed: config.SpeedSettings
+    speed: SpeedSettings
     prompt: Embeddings
     negative: Embeddings
     args: argparse.Namespace
@@ -121,7 +122,7 @@ def load(args: argparse.Namespace, way: Way) -> Setup:
             backend = random_model.load(policy.model_copy(update={"model": str(model)}), device)
             branch = random_model.control_branch(backend, backend.dtype).eval()
             prompt, negative = (random_model.embeddings(backend, policy, args.images) for _ in range(2))
-    settings = config.SpeedSettings(**PLAIN | way.speed)
+    settings = SpeedSettings(**PLAIN | way.speed)
     speed.prepare(backend, branch, settings)
     return Setup(backend, branch, policy, settings, prompt, negative, args)
 

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from dp2osr import colour, config, sampling
+from dp2osr.config_rollout import SpeedSettings
 from dp2osr.iqa import niqe, pretrained
 from dp2osr.iqa.metric import Scorer
+from dp2osr.models import speed
 from dp2osr.models.backend import Backend, Embeddings
 from dp2osr.training.batches import Schedule
 from dp2osr.training.loop import make_optimizer
@@ -35,7 +37,10 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """Models and sizes. plain_dtype: of diffusers' networks and their autocast; accelerator: for training."""
+    """Models and sizes. plain_dtype: of diffusers' networks and their autocast; accelerator: for training.
+
+    speed: the switches of our rollouts.
+    """
 
     backend: Backend
     policy: config.PolicySettings
@@ -45,6 +50,7 @@ class Setup:
     top: int
     plain_dtype: torch.dtype
     accelerator: Any
+    speed: SpeedSettings
 
     @property
     def device(self) -> torch.device:
@@ -77,16 +83,22 @@ def rollout(setup: Setup) -> Iterator[Contest]:
     def ours() -> Work:
         branch = setup.branch(setup.backend.dtype).requires_grad_(False)
         prompt, negative = (setup.embeddings(setup.batch) for _ in range(2))
-        return lambda: sampling.restore(
-            setup.backend,
-            branch,
-            lr.expand(setup.batch, -1, -1, -1),
-            scale=SCALE,
-            embeddings=prompt,
-            negative=negative,
-            seeds=range(setup.batch),
-            sampling=setup.policy.sampling,
-        )
+        speed.prepare(setup.backend, branch, setup.speed)
+
+        def restore() -> torch.Tensor:
+            with speed.attention(setup.speed):
+                return sampling.restore(
+                    setup.backend,
+                    branch,
+                    lr.expand(setup.batch, -1, -1, -1),
+                    scale=SCALE,
+                    embeddings=prompt,
+                    negative=negative,
+                    seeds=range(setup.batch),
+                    sampling=setup.policy.sampling,
+                )
+
+        return restore
 
     yield Contest("rollout", "image", (ours, lambda: _pipeline(setup, lr)), (setup.batch, 1))
 

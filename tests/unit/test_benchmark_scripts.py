@@ -170,7 +170,7 @@ def both_setups(architecture: str, overlays: list[Path], folder: Path) -> tuple[
         if path.exists():
             path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     policy, train = fullsize.in_float32(policy, found.runs["default"].train)
-    args: Any = type("Args", (), TINY)
+    args: Any = type("Args", (), TINY | {"speed": found.rollout.speed})
     return fullsize.make_setup(policy, train, args, torch.device("cpu")), counting.hollow(policy, train, **TINY)
 
 

@@ -20,6 +20,7 @@ LIGHT = (
     "config_degradation",
     "config_downstream",
     "config_metrics",
+    "config_rollout",
     "strict",
     "tables",
     "seeds",

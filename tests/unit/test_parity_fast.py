@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dp2osr import config
-from dp2osr.config import PolicySettings, SpeedSettings
+from dp2osr.config import PolicySettings
+from dp2osr.config_rollout import SpeedSettings
 from dp2osr.errors import UserError
 from dp2osr.iqa.metric import Scorer
 from dp2osr.models import parts, speed

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dp2osr.config import SpeedSettings
+from dp2osr.config_rollout import SpeedSettings
 from dp2osr.errors import UserError
 from dp2osr.models.backend import Backend
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from dp2osr import config, resume, seeds, stage, strict, versions
 from dp2osr.ahead import Behind
+from dp2osr.config_rollout import SpeedSettings
 from dp2osr.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Sampler:
     negative: "Embeddings"
     policy_hash: str
     job: RolloutJob
-    speed: config.SpeedSettings
+    speed: SpeedSettings
     filled: int = 0
 
     def restore(self, batch: Batch) -> list[np.ndarray]:
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--control", required=True, help="control branch: a folder, a .safetensors file or builtin:NAME"
     )
     parser.add_argument("--batch-size", type=int, required=True, help="candidates denoised at once")
-    stage.config_arg(parser, config.SpeedSettings, "--speed")
+    stage.config_arg(parser, SpeedSettings, "--speed")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--candidates", type=Path, required=True, help="output: shard of candidates")
     stage.config_arg(parser, RolloutJob)
