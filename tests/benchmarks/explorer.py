@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ def photograph(size: int) -> Image.Image:
 
 def frame(rng: np.random.Generator, group: str, rollouts: int) -> pd.DataFrame:
     """Return a rewards table of one group with random scores."""
-    columns = {"group_id": group, "rollout": np.arange(rollouts, dtype=np.int32)}
+    columns: dict[str, Any] = {"group_id": group, "rollout": np.arange(rollouts, dtype=np.int32)}
     columns |= {name: rng.random(rollouts) for name in PAPER}
     columns |= {name + tables.NORM: rng.random(rollouts) for name in PAPER}
     for kind, names in SETS.items():
@@ -109,7 +110,7 @@ def resident(browser: Browser) -> float:
     for process in processes:
         if process["type"] == "renderer":
             status = Path(f"/proc/{process['id']}/status").read_text()
-            sizes.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024)
+            sizes += [int(size) / 1024 for size in re.findall(r"VmRSS:\s+(\d+)", status)]
     return max(sizes)
 
 

@@ -222,7 +222,7 @@ def compare(args: argparse.Namespace, without: Way, with_it: Way) -> tuple[list[
         with way.around(setup):
             return setup.images(way.batch)
 
-    return turns([lambda setup=setup, way=way: run(setup, way) for setup, way in made], args)
+    return turns([partial(run, setup, way) for setup, way in made], args)
 
 
 def encoding(args: argparse.Namespace) -> tuple[list[float], float, list[Any]]:
@@ -323,7 +323,7 @@ def networks(found: Any, branch: Any) -> dict[str, float]:
     for text in found.texts:
         tokens = settings.text_tokens if "T5" in type(text).__name__ else 77
         ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
-        rows[f"a prompt, {type(text).__name__}"] = operations(lambda text=text, ids=ids: text(ids))
+        rows[f"a prompt, {type(text).__name__}"] = operations(partial(text, ids))
     return rows
 
 
@@ -386,7 +386,7 @@ def main() -> None:
         return
     stage.device(args.device)
     measured: dict[str, Callable[[], Any]] = {
-        name: lambda pair=pair: compare(args, *pair) for name, pair in levers(args).items()
+        name: partial(compare, args, *pair) for name, pair in levers(args).items()
     }
     measured |= {"encoding in a thread": lambda: encoding(args), "training: shared": lambda: training(args)}
     if unknown := set(args.levers or []) - set(measured):

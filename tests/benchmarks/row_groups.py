@@ -7,6 +7,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rewards.parquet"
         for name, options in ways.items():
-            written = seconds(lambda options=options: pq.write_table(table, path, compression="zstd", **options))
+            written = seconds(partial(pq.write_table, table, path, compression="zstd", **options))
             single = seconds(lambda: tables.load(path, groups=[one]))
             whole = seconds(lambda: pq.read_table(path, use_threads=False))
             footer = pq.read_metadata(path).serialized_size / 1024
