@@ -7,6 +7,7 @@ SHELL := bash
 
 CORES ?= 2
 WORKERS ?= 2
+SELECT ?=
 PINS := envs/requirements.txt envs/bootstrap.txt pyproject.toml
 STAMP := .venv/.installed-$(shell cat $(PINS) | cksum | tr ' ' -)
 PY := .venv/bin/python
@@ -52,7 +53,7 @@ test: env ## all tests that need no GPU
 	@start=$$SECONDS; $(PY) -m pytest -q -n $(WORKERS) --dist worksteal; echo "tests passed in $$((SECONDS - start)) s"
 
 cluster: env ## the workflow through a private SLURM on this machine, and what breaks there (root; else skipped)
-	@start=$$SECONDS; $(PY) -m pytest -q tests/cluster; echo "cluster tests passed in $$((SECONDS - start)) s"
+	@start=$$SECONDS; $(PY) -m pytest -q tests/cluster $(SELECT); echo "cluster tests passed in $$((SECONDS - start)) s"
 
 lint: env ## ruff, snakefmt, mypy, snakemake --lint
 	@.ci/lint

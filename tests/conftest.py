@@ -3,13 +3,13 @@
 import copy
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from filelock import FileLock
+
+from made_once import made_once
 
 if TYPE_CHECKING:
     from workflow_rig import Workflow
@@ -43,22 +43,6 @@ def _one_thread() -> None:
     """Use one thread where torch is already loaded: the tests share two cores, and sums keep their order."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder that `make` fills once for all workers of pytest-xdist; the others wait for it.
-
-    It lies in TESTS_SHARE where that is set, so that two runs side by side have it in common.
-    """
-    own = factory.getbasetemp()
-    parallel = "PYTEST_XDIST_WORKER" in os.environ
-    folder = Path(os.environ.get("TESTS_SHARE") or (own.parent if parallel else own)) / name
-    done = folder.with_name(f"{name}.done")
-    with FileLock(f"{folder}.lock"):
-        if not done.exists():
-            make(folder)
-            done.touch()
-    return folder
 
 
 @pytest.fixture(scope="session")

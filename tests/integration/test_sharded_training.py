@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import sharded_rig
 from dp2osr.training import launch
+from made_once import made_once
 from training_rig import LENIENT, command
 
 pytestmark = pytest.mark.timeout(400)  # processes that wait for each other would do so for ever
@@ -68,8 +69,15 @@ def launch_two(cases: list[dict[str, Any]], folder: Path, root: Path) -> int:
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory, root: Path) -> Runs:
+    """Run all cases, once for all workers of pytest-xdist."""
     models = {name: tiny_flux if name.startswith("flow") else tiny_model for name in CASES}
-    folder = tmp_path_factory.mktemp("sharded")
+    folder = made_once(tmp_path_factory, "sharded", lambda path: run_all(path, models, root))
+    ended = json.loads((folder / "ended.json").read_text())
+    return Runs(folder / "one", folder / "two", **ended)
+
+
+def run_all(folder: Path, models: dict[str, Path], root: Path) -> None:
+    """Run the cases by one process, and by two; write how the two ended."""
     one, two = folder / "one", folder / "two"
     for name in list(CASES)[:-1]:
         sharded_rig.run(case(one, name, models[name]))
@@ -79,7 +87,7 @@ def runs(tiny_model: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFac
     code = launch_two(cases, folder, root)
     seconds = time.time() - (two / "sd-resumed.0.json").stat().st_mtime
     sharded_rig.run(case(two, "sd-resumed", models["sd-resumed"]))
-    return Runs(one, two, code, seconds)
+    (folder / "ended.json").write_text(json.dumps({"code": code, "seconds": seconds}))
 
 
 def figures(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
