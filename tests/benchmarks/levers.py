@@ -7,8 +7,7 @@
 
 Both ways take turns in one run: ratios are medians over the turns, the first of each way not counted. On a CPU seconds
 are of the process, but for the thread that encodes. `--count` counts floating-point operations of the published
-architectures on torch's meta device, which takes no weights and no time of a GPU: what a lever can gain at most, where
-arithmetic is what takes the time.
+architectures on torch's meta device, without weights or a GPU: what a lever can gain at most, where arithmetic binds.
 """
 
 import argparse

@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 TRAIN, HOLDOUT = (f"results/{name}/base/candidates/shard-0000.block-000.tar" for name in ("train", "holdout"))
 SCORES = "results/holdout/bicubic/scores/light/shard-0000.block-000.parquet"
-HARSH = ["--set-resources", "rollout:slurm_partition=harsh", "rollout:slurm_extra=''"]  # `again`, REQUEUE, ends alike
 MINUTES = ["--set-resources", "score:runtime=attempt", "score:slurm_extra=''"]
 START_S = 200  # until a job's stage runs: seconds on an idle machine
 
@@ -86,10 +85,12 @@ def test_jobs_killed_cancelled_and_out_of_time(smallest: Workflow, left: Left, s
     assert_made(workflow, smallest, *outputs)
 
 
-def test_preempted_without_grace(smallest: Workflow, left: Left, slurm: Slurm) -> None:
+@pytest.mark.parametrize("partition", ["harsh", "again"])  # PreemptMode=CANCEL, and REQUEUE
+def test_preempted_without_grace(partition: str, smallest: Workflow, left: Left, slurm: Slurm) -> None:
     """SLURM calls the job PREEMPTED, for which the plugin by itself would wait for ever (src/dp2osr/preempted.py)."""
     workflow = left(TRAIN)
-    with workflow.driver(TRAIN, *HARSH) as driver:
+    there = ["--set-resources", f"rollout:slurm_partition={partition}", "rollout:slurm_extra=''"]
+    with workflow.driver(TRAIN, *there) as driver:
         (process,) = payloads(workflow, driver, TRAIN)
         job, node = job_of(process), process.environ()["SLURMD_NODENAME"]
         command = ["sbatch", "--parsable", "-p", "urgent", "-w", node, "--exclusive", "--output=/dev/null"]

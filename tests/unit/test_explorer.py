@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy.stats import spearmanr
-from test_report import GROUPS, M, images_table, pairs_table, rewards_table, write_shards
 
 from dp2osr import tables
 from dp2osr.config import ExplorerSettings, RewardSettings
@@ -21,6 +20,7 @@ from dp2osr.preference.reward import ranks
 from dp2osr.report import explorer, thumbs
 from dp2osr.stages import explorer as page_stage
 from dp2osr.stages import explorer_shard
+from made_up_run import GROUPS, M, images_table, pairs_table, rewards_table, write_shards
 
 SETTINGS = ExplorerSettings(thumbnail=16, quality=80, groups_per_page=10)
 REWARD = RewardSettings(fr=["ssim"], nr=["niqe"], weight_fr=0.5, num_rollouts=4)

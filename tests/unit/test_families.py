@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from test_report import evaluation_row
 
 from dp2osr.config import RewardSettings
 from dp2osr.report import families, markup, text
 from dp2osr.report.markup import Cell, Grid
+from made_up_run import evaluation_row
 
 TUNED_ON = RewardSettings(fr=["lpips"], nr=["musiq", "afine_nr"], weight_fr=0.5, num_rollouts=8)
 WORDS = {"dataset": "realsr", "policy": "my_run", "reference": "base", "level": "95 %"}

@@ -159,6 +159,12 @@ def test_a_machine_without_a_compiler_is_told_before_the_first_batch(monkeypatch
         speed.check_compiler(CPU)
 
 
+def test_a_cache_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"rollout\.speed\.compile_cache: .*file"):
+        speed.compile_blocks((), str(tmp_path / "file"))
+
+
 def test_the_attention_kernel_of_the_settings_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
     monkeypatch.setattr(speed, "sdpa_kernel", lambda *given, **how: taken.append((given[0], how)) or nullcontext())

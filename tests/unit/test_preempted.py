@@ -67,5 +67,7 @@ def test_what_slurm_requeues_is_waited_for(workflow: Any) -> None:
 
 
 def test_nothing_happens_without_the_plugin(workflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plugin.query_job_status
     monkeypatch.delitem(preempted.sys.modules, preempted.PLUGIN)
     preempted.count_as_cancelled(workflow)
+    assert plugin.query_job_status is before

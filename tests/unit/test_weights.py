@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -354,50 +353,3 @@ def test_no_cache_folder_is_one_line(
 ) -> None:
     assert run(root, monkeypatch, "--check") == 1
     assert capsys.readouterr().err.strip().endswith("wanted --cache FOLDER or the config's `weights`")
-
-
-class Executed:
-    """A pickle that would write a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return (Path.touch, (self.path,))
-
-
-def test_no_pickle_of_a_metric_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pyiqa itself loads with weights_only=False."""
-    import torch
-    from pyiqa.archs import musiq_arch
-    from pyiqa.utils import download_util
-
-    from dp2osr.iqa import pretrained
-
-    monkeypatch.setattr(download_util, "DEFAULT_CACHE_DIR", str(tmp_path))
-    name = musiq_arch.default_model_urls["koniq10k"].rpartition("/")[2]
-    (tmp_path / name).write_bytes(pickle.dumps({"x": Executed(tmp_path / "executed")}))
-    with pytest.raises(UserError, match=r"metric 'musiq': no weights .*UnpicklingError.*dp2osr fetch-weights"):
-        pretrained.create("musiq", torch.device("cpu"))
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "file"), [("afine_nr", "ViT-B-32.pt"), ("clipiqa+", "RN50.pt"), ("musiq", "musiq_koniq_ckpt-")]
-)
-def test_a_missing_file_is_named_and_not_downloaded(
-    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without manifest, too; A-FINE's CLIP is looked for in the cache, not in the home folder."""
-    import torch
-    from pyiqa.utils import download_util
-
-    from dp2osr.iqa import pretrained
-
-    monkeypatch.setattr(download_util, "DEFAULT_CACHE_DIR", str(tmp_path / "pyiqa"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv(weights.VARIABLE, str(tmp_path))
-    with pytest.raises(UserError, match=rf"metric '.*': no weights in the weights cache .*{file}.* is missing"):
-        pretrained.create(name, torch.device("cpu"))
-    assert not (tmp_path / "home").exists()

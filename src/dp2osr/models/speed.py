@@ -90,7 +90,10 @@ def compile_blocks(networks: tuple[nn.Module, ...], cache: str) -> None:
     import torch._dynamo
 
     if cache:
-        Path(cache).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"config: rollout.speed.compile_cache: {error}; wanted a folder to write to") from None
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache).absolute())
     limits: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # of older torch

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dp2osr.training.loop import Trainer
     from dp2osr.training.step import Feed
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class TrainJob(Strict):
@@ -126,7 +126,7 @@ def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "B
 def is_sharded(settings: TrainSettings, processes: int) -> bool:
     """Return whether the backbone is shared out; one process alone holds it whole, whatever the settings say."""
     if settings.sharding == "backbone" and processes == 1:
-        log.info("train.sharding: backbone: found one process, which holds the backbone whole")
+        logger.info("train.sharding: backbone: found one process, which holds the backbone whole")
     return settings.sharding == "backbone" and processes > 1
 
 
