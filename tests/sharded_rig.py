@@ -3,7 +3,7 @@
     python -m sharded_rig CASES.json
 
 CASES.json lists cases: `name`, `arguments` of the train stage, `until`, the step in which the last process is asked to
-stop (0: none), `fails`, whether the last process meets an error in its first step, and `results`, the folder to which
+stop (0: none), `short`, whether the last process finds no memory for its first step, and `results`, the folder to which
 the main process writes NAME.safetensors (weights) and every process NAME.RANK.json (figures).
 """
 
@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 
 from dp2osr import stage
-from dp2osr.errors import UserError
 from dp2osr.stages import train
 from dp2osr.stopping import StopRequest
 from dp2osr.training.checkpoint import Store, plain
@@ -33,14 +33,14 @@ def held(module: nn.Module) -> int:
 
 
 class Disturbed:
-    """The gradient of a trainer in whose process a stop is asked for, as SIGTERM does, or an error comes up."""
+    """The gradient of a trainer in whose process a stop is asked for, as SIGTERM does, or memory is short."""
 
-    def __init__(self, trainer: Trainer, *, until: int, fails: bool) -> None:
-        self.gradient, self.trainer, self.until, self.fails = trainer.gradient, trainer, until, fails
+    def __init__(self, trainer: Trainer, *, until: int, short: bool) -> None:
+        self.gradient, self.trainer, self.until, self.short = trainer.gradient, trainer, until, short
 
     def step(self, units: Any) -> Any:
-        if self.fails:
-            raise UserError("encoded shards: damaged")
+        if self.short:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.trainer.stop.requested = self.trainer.progress.step + 1 == self.until
         return self.gradient.step(units)
 
@@ -62,9 +62,9 @@ def run(case: dict[str, Any]) -> None:
     backbone = trainer.feed.backend.backbone
     figures: dict[str, Any] = {"held": held(backbone), "whole": sum(weight.numel() for weight in backbone.parameters())}
     if accelerator.process_index == accelerator.num_processes - 1:
-        trainer.gradient = Disturbed(trainer, until=case["until"], fails=case["fails"])  # type: ignore[assignment]
+        trainer.gradient = Disturbed(trainer, until=case["until"], short=case["short"])  # type: ignore[assignment]
     try:
-        trainer.run()
+        train.train(trainer, trainer.store)
     except SystemExit:
         assert trainer.progress.step == case["until"]
     figures |= {"log": trainer.progress.log, "validation": trainer.progress.validation}

@@ -14,12 +14,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load
 
 import training_rig
 from dp2osr import tables
 from dp2osr.errors import UserError
 from dp2osr.stages import train
+from dp2osr.training import step
 
 STEPS = 12
 
@@ -48,6 +50,19 @@ def results(output: Path) -> tuple[pd.DataFrame, pd.DataFrame, bytes, dict[str, 
     weights = (output / "policy" / "diffusion_pytorch_model.safetensors").read_bytes()
     record = json.loads((output / "policy" / "policy.json").read_text())
     return log, tables.read(output / "validation.parquet", tables.VALIDATION), weights, record
+
+
+def assert_same_but_for_rounding(output: Path, undisturbed: Path) -> None:
+    """Check a training that computed the same images in other batches."""
+    found, wanted = results(output), results(undisturbed)
+    weights, before = load(found[2]), load(wanted[2])
+    assert max(float((weights[name] - before[name]).abs().max()) for name in before) < 1e-5
+    # errors in float32 differ by 1e-8 with the size of a batch, and z is beta / 2 times their difference
+    steep = ["loss", "abs_logit", "grad_norm"]
+    pd.testing.assert_frame_equal(found[0].drop(columns=steep), wanted[0].drop(columns=steep), rtol=0, atol=1e-6)
+    pd.testing.assert_frame_equal(found[0][steep], wanted[0][steep], rtol=1e-4, atol=2500 * 1e-7)
+    columns = ["reward", "fr", "nr", "diversity"]
+    pd.testing.assert_frame_equal(found[1][columns], wanted[1][columns], rtol=0, atol=1e-5)
 
 
 def wait_for_a_checkpoint(output: Path) -> None:
@@ -99,15 +114,29 @@ def test_two_processes_equal_one(
     arguments = command(tiny_model, tmp_path, tmp_path, sharding=sharding)
     process = start([*arguments, "--processes", "2"], launcher=launcher)
     assert process.wait(300) == 0
-    found, wanted = results(tmp_path), results(undisturbed)
-    weights, before = load(found[2]), load(wanted[2])
-    assert max(float((weights[name] - before[name]).abs().max()) for name in before) < 1e-5
-    # errors in float32 differ by 1e-8 with the size of a batch, and z is beta / 2 times their difference
-    steep = ["loss", "abs_logit", "grad_norm"]
-    pd.testing.assert_frame_equal(found[0].drop(columns=steep), wanted[0].drop(columns=steep), rtol=0, atol=1e-6)
-    pd.testing.assert_frame_equal(found[0][steep], wanted[0][steep], rtol=1e-4, atol=2500 * 1e-7)
-    columns = ["reward", "fr", "nr", "diversity"]
-    pd.testing.assert_frame_equal(found[1][columns], wanted[1][columns], rtol=0, atol=1e-5)
+    assert_same_but_for_rounding(tmp_path, undisturbed)
+
+
+def test_short_memory_leaves_a_smaller_micro_batch(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first step has 8 images, for which memory is short; the next try takes half as many at once, and ends."""
+    arguments = command(tiny_model, tmp_path, tmp_path, micro_batch=8)
+    real, sizes = step.branch_errors, []
+
+    def crowded(accelerator: Any, backend: Any, branch: Any, batch: step.Batch) -> torch.Tensor:
+        sizes.append(len(batch.latents))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(accelerator, backend, branch, batch)
+
+    monkeypatch.setattr(step, "branch_errors", crowded)
+    with pytest.raises(UserError, match=r"with micro_batch 8 \(OutOfMemoryError.*the same command goes on with 4"):
+        train.main(arguments)
+    assert sizes == [8] and not (tmp_path / "policy").exists()
+    train.main(arguments)
+    assert max(sizes[1:]) == 4
+    assert_same_but_for_rounding(tmp_path, undisturbed)
 
 
 PAIRS = {"batching": "pairs", "pairs_per_step": 4, "accumulation": 2, "beta": 50.0, "steps": 16, "learning_rate": 1e-4}

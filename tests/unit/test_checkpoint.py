@@ -44,6 +44,15 @@ def test_other_settings_are_not_resumed(tmp_path: Path, caplog: pytest.LogCaptur
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_a_smaller_micro_batch_is_left_to_the_next_try(tmp_path: Path) -> None:
+    store = Store(tmp_path, "mark", record={})
+    assert store.micro_batch(16) == 16
+    store.halve_micro_batch(16)
+    store.halve_micro_batch(16)  # another process of the same try
+    assert [Store(tmp_path, mark, record={}).micro_batch(16) for mark in ("mark", "other")] == [8, 16]
+    assert store.steps() == [] and store.load() is None
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "policy"
     with pytest.raises(OSError, match="full"), atomic_folder(target) as folder:

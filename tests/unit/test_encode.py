@@ -89,6 +89,24 @@ def test_an_interrupted_job_goes_on(
     assert not (tmp_path / "cut.tar.parts").exists()
 
 
+def test_short_memory_encodes_one_by_one(
+    files: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = run(files, tiny_model, tmp_path / "whole.tar")
+    backend = type(make_backend(tiny_model))
+    real = backend.encode_images
+
+    def crowded(self: Any, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, images)
+
+    monkeypatch.setattr(backend, "encode_images", crowded)
+    short = run(files, tiny_model, tmp_path / "short.tar")
+    for group in GROUPS[:2]:
+        torch.testing.assert_close(short.load(group, [0, 4])[0], pack.load(group, [0, 4])[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_missing_candidate_is_named(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
     shards.write_shard(files["block1"], [])
     with pytest.raises(UserError, match=f"{GROUPS[0]}-r0004 is missing"):

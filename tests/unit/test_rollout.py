@@ -248,6 +248,37 @@ def test_switches_that_make_it_faster(
                 assert difference.abs().max() <= 1.01 / 255
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_short_memory_samples_fewer_at_once(
+    tmp_path: Path,
+    job: list[str],
+    config_dict: dict[str, Any],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+) -> None:
+    """12 candidates in batches of 5, where 3 are too many; what is compiled stays of one shape."""
+    rollout.main(job)
+    shapes: list[int] = []
+    real = sampling.restore
+
+    def crowded(backend: Any, branch: Any, lr: torch.Tensor, **options: Any) -> torch.Tensor:
+        shapes.append(len(lr))
+        if len(lr) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(backend, branch, lr, **options)
+
+    monkeypatch.setattr(sampling, "restore", crowded)
+    monkeypatch.setattr(speed, "check_compiler", lambda device: None)
+    monkeypatch.setattr(speed, "compile_blocks", lambda networks, cache: None)
+    rollout.main(command(tmp_path, tiny_shards.policy(config_dict, tiny_model), out="short.tar", compile=compiled))
+    assert shapes == [5, *[2, 2, 2 if compiled else 1] * 2, 2]
+    whole, short = (dict(read_shard(tmp_path / name)) for name in ("out.tar", "short.tar"))
+    assert list(whole) == list(short)
+    for key, fields in whole.items():
+        assert torch.allclose(decode_image(fields["png"]), decode_image(short[key]["png"]), atol=1.5 / 255)
+
+
 def test_parts_taken_away_by_a_second_writer_are_computed_again(tmp_path: Path) -> None:
     parts = rollout.resume.Parts(tmp_path / "out.tar", "mark")
     stream = rollout.resumed(restored, encoded, [[("a", 0)], [("b", 0)]], parts)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dp2osr import pieces
 from dp2osr.config_metrics import Vqr1Settings
 from dp2osr.errors import UserError
 from dp2osr.iqa import pretrained
@@ -30,8 +31,6 @@ LARGEST_KEPT = 31 * 2**20  # bytes: a block that size still comes from memory th
 # Bytes a pixel of one image by which the CPU's batch is measured, where not by the table's, under pyiqa's name: SSIM's
 # window is not unfolded there (iqa/kernels.py); FSIM has many large tensors at once, which in sum are paged as above.
 CPU_PIXEL = {"ssim": 128, "ms_ssim": 128, "fsim": 384}
-# What libraries say, other than torch.OutOfMemoryError and MemoryError, where memory is short.
-OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "CUDA out of memory", "STATUS_ALLOC_FAILED")
 OVERWRITING = ("afine_fr", "afine_nr")  # pyiqa's A-FINE normalises the images it is given in place
 
 Reference = tuple[slice, torch.Tensor | None]  # neighbours in the batch, and the HR image (1, 3, H, W) beside them
@@ -160,7 +159,7 @@ class Scorer:
         try:
             return self._call(name, images, reference)
         except Exception as error:  # a metric may raise anything
-            short, reason = _out_of_memory(error), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            short, reason = pieces.out_of_memory(error), pieces.in_one_line(error)
             number_free = isinstance(error, torch.linalg.LinAlgError)
             if len(images) == 1 and number_free:
                 return np.full(1, np.nan)  # its features hold no number: NIQE of a constant image
@@ -182,8 +181,7 @@ class Scorer:
         self._limits[name, height, width] = size
         for shared in self._shared.values():
             shared.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        pieces.release()
 
     def _call(self, name: str, images: torch.Tensor, reference: torch.Tensor | None) -> np.ndarray:
         """Let pyiqa score a batch (B, 3, H, W) beside one HR image (1, 3, H, W)."""
@@ -216,11 +214,6 @@ def _keep_freed_memory() -> None:
 
 def _equal(image: torch.Tensor, other: torch.Tensor) -> bool:
     return image is other or torch.equal(image, other)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _create(name: str, device: torch.device, niqe: Path | None, niqe_block: int, vqr1: Vqr1Settings | None) -> Any:

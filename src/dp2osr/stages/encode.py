@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dp2osr import resume, stage, tables, versions
 from dp2osr.config import PolicySettings
 from dp2osr.errors import UserError
+from dp2osr.pieces import Pieces
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ def read_candidates(index: "TarIndex", group_id: str, rollouts: Sequence[int]) -
 
 
 def encode_group(
-    backend: "Backend", candidates: "torch.Tensor", rollouts: Sequence[int], lr: "torch.Tensor", *, batch_size: int
+    backend: "Backend", candidates: "torch.Tensor", rollouts: Sequence[int], lr: "torch.Tensor", *, pieces: Pieces
 ) -> bytes:
     """Return the field `safetensors` of a sample of the training pack.
 
@@ -62,7 +63,7 @@ def encode_group(
     from dp2osr.sampling import images_control
     from dp2osr.training.pack import dump_group
 
-    latents = torch.cat([backend.encode_images(part) for part in candidates.split(batch_size)])
+    latents = torch.stack(pieces.run(range(len(candidates)), lambda part: backend.encode_images(candidates[part])))
     scale = candidates.shape[2] // lr.shape[1]
     if backend.control_factor == 1:  # an image, which is made again from the LR image
         return dump_group(latents, rollouts, scale=scale)
@@ -76,7 +77,7 @@ def encode(
     index: "TarIndex",
     lr: Path,
     parts: resume.Parts,
-    batch_size: int,
+    pieces: Pieces,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the samples of the groups of LR shard `lr` that are in `wanted`; finished ones are kept in `parts`."""
     from dp2osr import shards
@@ -89,7 +90,7 @@ def encode(
         if data is None:
             candidates = read_candidates(index, group_id, wanted[group_id])
             image = shards.decode_image(fields["lr.png"])
-            data = encode_group(backend, candidates, wanted[group_id], image, batch_size=batch_size)
+            data = encode_group(backend, candidates, wanted[group_id], image, pieces=pieces)
             parts.put(group_id, data)
         control = {LR_FIELD: fields["lr.png"]} if backend.control_factor == 1 else {}
         yield group_id, control | {FIELD: data}
@@ -123,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = f"{policy.model_dump_json()} {args.batch_size} {versions.ENCODE}"
     mark = resume.fingerprint(settings, args.pairs, args.lr, *args.candidates)
     parts = resume.Parts(args.encoded, mark)
-    options = {"index": TarIndex(args.candidates), "lr": args.lr, "parts": parts, "batch_size": args.batch_size}
-    samples = encode(backend, wanted, **options)
+    pieces = Pieces(args.batch_size, "candidates", logger)
+    samples = encode(backend, wanted, index=TarIndex(args.candidates), lr=args.lr, parts=parts, pieces=pieces)
     kept = sum(group_id in wanted for group_id in parts.names())
     shards.write_shard(args.encoded, stage.progress(samples, len(wanted), "groups encoded", logger, kept=kept))
     parts.clear()

@@ -20,6 +20,7 @@ from dp2osr import config, resume, seeds, stage, strict, versions
 from dp2osr.ahead import Behind
 from dp2osr.config_rollout import SpeedSettings
 from dp2osr.errors import UserError
+from dp2osr.pieces import Pieces
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ class RolloutJob(strict.Strict):
 class Sampler:
     """A policy and the groups of a shard, ready to sample any (group, rollout).
 
-    filled: batches are filled up to so many candidates, of which the surplus is dropped; 0: they are taken as they are.
+    pieces: candidates are sampled so many at once, or fewer where memory is short. filled: what is sampled at once is
+    filled up to as many, and the surplus dropped.
     """
 
     backend: "Backend"
@@ -63,17 +65,22 @@ class Sampler:
     policy_hash: str
     job: RolloutJob
     speed: SpeedSettings
-    filled: int = 0
+    pieces: Pieces
+    filled: bool = False
 
     def restore(self, batch: Batch) -> list[np.ndarray]:
         """Sample a batch; returns (H, W, 3) uint8 RGB of each candidate, off the GPU."""
+        return self.pieces.run(batch, self._restore)
+
+    def _restore(self, batch: Batch) -> list[np.ndarray]:
         import torch
 
         from dp2osr import sampling, shards
         from dp2osr.models import speed
         from dp2osr.models.backend import stack
 
-        device, full = self.backend.device, [*batch, *[batch[-1]] * (self.filled - len(batch))]
+        device, surplus = self.backend.device, self.pieces.size - len(batch) if self.filled else 0
+        full = [*batch, *[batch[-1]] * surplus]
         restore = sampling.restore_whole if self.job.whole else sampling.restore
         with speed.attention(self.speed):
             restored = restore(
@@ -177,8 +184,9 @@ def load_sampler(args: argparse.Namespace) -> Sampler:
     backend = load_backend(job.policy, device=device, parts=frozenset({"backbone", "vae"}))
     branch = backend.load_control(args.control)
     speed.prepare(backend, branch, args.speed)
-    filled = args.batch_size if args.speed.compile and not job.whole else 0  # what is compiled is for one shape
-    return Sampler(backend, branch, images, embeddings, negative, policy_hash, job, args.speed, filled)
+    pieces = Pieces(args.batch_size, "candidates", logger)
+    filled = args.speed.compile and not job.whole  # what is compiled is for one shape
+    return Sampler(backend, branch, images, embeddings, negative, policy_hash, job, args.speed, pieces, filled)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -94,7 +94,9 @@ def make_feed(args: argparse.Namespace, backend: "Backend", group_ids: Sequence[
     return Feed(pack=pack, embeddings=embeddings, backend=backend, timestep_density=density)
 
 
-def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "Backend") -> "Guard | None":
+def make_guard(
+    args: argparse.Namespace, accelerator: "Accelerator", backend: "Backend", *, batch_size: int
+) -> "Guard | None":
     """Return the guard, or None where it is off."""
     from dp2osr.iqa.metric import Scorer
     from dp2osr.models.backend import read_embeddings
@@ -119,7 +121,7 @@ def make_guard(args: argparse.Namespace, accelerator: "Accelerator", backend: "B
         sampling=job.policy.sampling,
         settings=job.train.guard,
         base_seed=job.base_seed,
-        batch_size=job.train.micro_batch,
+        batch_size=batch_size,
     )
 
 
@@ -130,6 +132,36 @@ def is_sharded(settings: TrainSettings, processes: int) -> bool:
     return settings.sharding == "backbone" and processes > 1
 
 
+def fitting(settings: TrainSettings, store: "Store") -> TrainSettings:
+    """Return the settings, with a smaller micro_batch where memory was short before; the same in all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    (size,) = broadcast_object_list([store.micro_batch(settings.micro_batch)])
+    if size < settings.micro_batch:
+        logger.info("micro_batch %d, not %d: memory was short (%s)", size, settings.micro_batch, store.micro_batch_file)
+    return settings.model_copy(update={"micro_batch": size})
+
+
+def train(trainer: "Trainer", store: "Store") -> None:
+    """Train to the end; where memory is short, leave a smaller micro_batch to the next try and raise UserError.
+
+    Not at once, for the other processes are in the midst of a step that this one cannot finish.
+    """
+    from dp2osr import pieces
+
+    size = trainer.settings.micro_batch
+    try:
+        trainer.run()
+    except Exception as error:
+        if not pieces.out_of_memory(error):
+            raise
+        found = f"train: out of memory with micro_batch {size} ({pieces.in_one_line(error)})"
+        if size == 1:
+            raise UserError(f"{found}; wanted a larger GPU, gradient_checkpointing or sharding: backbone") from error
+        store.halve_micro_batch(size)
+        raise UserError(f"{found}; the same command goes on with {size // 2} from the last checkpoint") from error
+
+
 def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "Store") -> "Trainer":
     """Put backend, branches, data and guard together."""
     from dp2osr.models.backend import load_backend
@@ -137,6 +169,7 @@ def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "S
     from dp2osr.training.loop import Trainer
 
     job: TrainJob = args.config
+    settings = fitting(job.train, store)
     parts = frozenset({"backbone", "vae"} if job.train.guard.every else {"backbone"})
     shared = is_sharded(job.train, accelerator.num_processes)
     backend = load_backend(job.policy, device=accelerator.device, parts=parts, sharded=shared)
@@ -152,8 +185,8 @@ def make_trainer(args: argparse.Namespace, accelerator: "Accelerator", store: "S
         policy=policy,
         sample_dtype=next(reference.parameters()).dtype,
         reference=reference.float(),  # the same arithmetic as the policy's, so that training starts at log 2
-        settings=job.train,
-        guard=make_guard(args, accelerator, backend),
+        settings=settings,
+        guard=make_guard(args, accelerator, backend, batch_size=settings.micro_batch),
         store=store,
     )
 
@@ -220,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = make_accelerator(job, args.policy.parent, device=args.device)
     store = Store(args.policy.parent / "checkpoints", mark, record=record)
     trainer = make_trainer(args, accelerator, store)
-    trainer.run()
+    train(trainer, store)
     accelerator.end_training()
     if accelerator.is_main_process:
         write_outputs(args, trainer, record)

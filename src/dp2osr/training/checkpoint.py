@@ -1,7 +1,8 @@
 """Checkpoints: complete folders or none, of one setting only, without pickle.
 
 `checkpoints/{fingerprint}/step-000020/` holds policy.safetensors, ema.safetensors (where EMA is on), optimizer.pt
-(read with weights_only) and state.json. Snakemake does not know the folder, so a failed job keeps it.
+(read with weights_only) and state.json; `micro_batch` beside it is there only where memory was short. Snakemake does
+not know the folder, so a failed job keeps it.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dp2osr.resume import temporary_beside
+from dp2osr.resume import temporary_beside, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,22 @@ class Store:
         """Return the weights to use of a step: the moving average where there is one."""
         averaged = self.path(step) / "ema.safetensors"
         return load_file(averaged if averaged.exists() else self.path(step) / "policy.safetensors")
+
+    @property
+    def micro_batch_file(self) -> Path:
+        """How many images go at once where memory was short for as many as the settings say."""
+        return self.folder / "micro_batch"
+
+    def micro_batch(self, wanted: int) -> int:
+        """Return how many images to take at once: `wanted`, or what a try before this one had left for it."""
+        try:
+            return min(int(self.micro_batch_file.read_text()), wanted)
+        except FileNotFoundError:
+            return wanted
+
+    def halve_micro_batch(self, size: int) -> None:
+        """Leave half of `size` to the next try; processes that do so at the same time write the same."""
+        write_bytes(self.micro_batch_file, f"{size // 2}\n".encode())
 
     def clear_leftovers(self) -> None:
         """Remove checkpoints of other settings and half-written ones, once this job's outputs stand."""
