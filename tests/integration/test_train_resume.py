@@ -22,6 +22,7 @@ from dp2osr import tables
 from dp2osr.errors import UserError
 from dp2osr.stages import train
 from dp2osr.training import step
+from made_once import made_once
 
 STEPS = 12
 
@@ -73,10 +74,11 @@ def wait_for_a_checkpoint(output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(command(tiny_model, folder, folder))
-    assert process.wait(300) == 0
-    return folder
+    def train_once(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        assert start(command(tiny_model, folder, folder)).wait(300) == 0
+
+    return made_once(tmp_path_factory, "undisturbed-training", train_once)
 
 
 def test_outputs(undisturbed: Path) -> None:

@@ -127,3 +127,16 @@ def test_help_of_every_stage_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("usage:") == len(STAGES)
+
+
+def test_a_model_loads_without_bitsandbytes_which_stays_at_hand(tiny_model: Path, root: Path) -> None:
+    code = (
+        "import importlib.util, pathlib, sys, training_rig\n"
+        "training_rig.make_backend(pathlib.Path(sys.argv[1]))\n"
+        "assert 'diffusers' in sys.modules and 'bitsandbytes' not in sys.modules\n"
+        "assert importlib.util.find_spec('bitsandbytes') is not None\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(root / "tests")}
+    command = [sys.executable, "-c", code, str(tiny_model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr

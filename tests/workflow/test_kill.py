@@ -1,6 +1,6 @@
 """SIGKILL in every stage at random moments: the rerun ends with the results of an undisturbed run.
 
-One walk through the workflow from an empty folder. Each rule's first job is killed `--kills` times; at every other kill
+One walk through the workflow from an empty folder. Each rule's first job is killed `--kills` times; at every third kill
 Snakemake dies with it and is started again, else it sees the job fail and tries again itself.
 """
 
@@ -184,7 +184,7 @@ class Killer:
                 path = self.victim.directory / output
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return False
-        alone = self.hits.total() % 2 == 1
+        alone = self.hits.total() % 3 != 0
         if alone:
             process.kill()
             process.wait(timeout=60)

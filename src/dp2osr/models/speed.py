@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,6 +52,8 @@ def fuse_qkv(network: nn.Module) -> None:
 
     diffusers' method of a whole network is lacking in Stable Diffusion's ControlNet. The separate weights stay, too.
     """
+    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+
     for module in network.modules():
         part: Any = module
         if hasattr(part, "fuse_projections"):
