@@ -139,8 +139,8 @@ def load_backend(
 def _import_diffusers() -> None:
     """Import diffusers for the first time as if bitsandbytes were not installed.
 
-    Else it would import that, and with it torch's compiler: a fifth of the time in which a job starts. It is for models
-    that bitsandbytes has quantized, and none is read here.
+    Else it would import that, and with it torch's compiler, when a job starts: seconds for what only models need that
+    bitsandbytes has quantized, and none is read here.
     """
     if "diffusers" in sys.modules or "bitsandbytes" in sys.modules:
         return

@@ -157,7 +157,8 @@ def train(trainer: "Trainer", store: "Store") -> None:
             raise
         found = f"train: out of memory with micro_batch {size} ({pieces.in_one_line(error)})"
         if size == 1:
-            raise UserError(f"{found}; wanted a larger GPU, gradient_checkpointing or sharding: backbone") from error
+            wanted = "a larger GPU, gradient_checkpointing, sharding: backbone or fewer guard.num_rollouts"
+            raise UserError(f"{found}; wanted {wanted}") from error
         store.halve_micro_batch(size)
         raise UserError(f"{found}; the same command goes on with {size // 2} from the last checkpoint") from error
 
