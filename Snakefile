@@ -47,3 +47,6 @@ rule all:
     default_target: True
     input:
         each_run(f"{R}/runs/{{run}}/report/index.html"),
+
+
+remember_signatures()

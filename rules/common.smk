@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import shlex
@@ -77,6 +78,20 @@ def without_benchmark(rule):
     """Snakemake caches no output of a rule with a benchmark."""
     if caching:
         workflow.get_rule(rule)._benchmark = None
+
+
+def remember_signatures():
+    """Snakemake looks for the signature of each function of a rule several times a job: where it lies, it is found."""
+    asked = [part for each in workflow.rules for part in (*each.input, *each.params)]
+    for resource in [
+        part for each in workflow.rules for part in dict(each.resources).values()
+    ]:
+        asked += [
+            getattr(resource, "_evaluator", None),
+            getattr(type(resource), "evaluate", None),
+        ]
+    for function in filter(inspect.isfunction, asked):
+        function.__signature__ = inspect.signature(function)
 
 
 def growing(amount):
