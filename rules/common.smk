@@ -81,7 +81,10 @@ def without_benchmark(rule):
 
 
 def remember_signatures():
-    """Snakemake looks for the signature of each function of a rule several times a job: where it lies, it is found."""
+    """Let functions carry their signatures, which Snakemake asks for several times a job: an eighth of a dry run.
+
+    A resource is evaluated by a method of Snakemake's own, whose signature is asked for as often.
+    """
     asked = [part for each in workflow.rules for part in (*each.input, *each.params)]
     for resource in [
         part for each in workflow.rules for part in dict(each.resources).values()

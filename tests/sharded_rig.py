@@ -64,7 +64,7 @@ def run(case: dict[str, Any]) -> None:
     if accelerator.process_index == accelerator.num_processes - 1:
         trainer.gradient = Disturbed(trainer, until=case["until"], short=case["short"])  # type: ignore[assignment]
     try:
-        train.train(trainer, trainer.store)
+        train.train(trainer)
     except SystemExit:
         assert trainer.progress.step == case["until"]
     figures |= {"log": trainer.progress.log, "validation": trainer.progress.validation}

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from dp2osr import stage, weights
-from dp2osr.errors import UserError
+from dp2osr.errors import UserError, in_one_line
 
 LOG = logging.getLogger("weights")
 # A metric that is one whole repository is fetched without being created: Q-Align takes 16 GB of memory.
@@ -167,7 +167,7 @@ def _download(text: str, name: weights.HubName, hub: Path, *, revision: str) -> 
             wanted = [glob.escape(path) for path in chosen]
             snapshot_download(name.repo, revision=revision, cache_dir=hub, allow_patterns=wanted)
     except Exception as error:  # of the hub's client, of its HTTP library or of the disk
-        raise UserError(f"model {text}: not downloaded ({_reason(error)})") from error
+        raise UserError(f"model {text}: not downloaded ({in_one_line(error)})") from error
     return weights.snapshot(hub, name), chosen
 
 
@@ -183,7 +183,7 @@ def _metric(name: str, cache: Path, *, offline: bool) -> list[str]:
     except Exception as error:  # pyiqa's metrics load through five libraries, each with errors of its own
         broken = [] if offline else _discard_broken(cache, recorded(cache, opened))
         again = f"; removed {', '.join(broken)}, whose sha256 is not the one in its name" if broken else ""
-        raise UserError(f"metric '{name}': cannot be created ({_reason(error)}){again}") from error
+        raise UserError(f"metric '{name}': cannot be created ({in_one_line(error)}){again}") from error
     files = recorded(cache, opened)
     if not files:
         raise UserError(f"metric '{name}': pyiqa took no file from {cache}, wanted its weights there")
@@ -227,10 +227,6 @@ def _discard_broken(cache: Path, files: Iterable[str]) -> list[str]:
             (cache / path).unlink()
             broken.append(path)
     return broken
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

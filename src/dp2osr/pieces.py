@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from dp2osr.errors import UserError
+from dp2osr.errors import UserError, in_one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,11 +19,6 @@ def out_of_memory(error: BaseException) -> bool:
 
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return class and message of an error, at most 300 characters of it, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def release() -> None:

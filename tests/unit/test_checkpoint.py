@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dp2osr.errors import UserError
 from dp2osr.training.checkpoint import Progress, Snapshot, Store, atomic_folder
 
 
@@ -51,6 +52,9 @@ def test_a_smaller_micro_batch_is_left_to_the_next_try(tmp_path: Path) -> None:
     store.halve_micro_batch(16)  # another process of the same try
     assert [Store(tmp_path, mark, record={}).micro_batch(16) for mark in ("mark", "other")] == [8, 16]
     assert store.steps() == [] and store.load() is None
+    store.micro_batch_file.write_text("many")
+    with pytest.raises(UserError, match=r"mark/micro_batch: found 'many', wanted a number of images"):
+        store.micro_batch(16)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

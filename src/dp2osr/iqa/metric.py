@@ -18,7 +18,7 @@ import torch
 
 from dp2osr import pieces
 from dp2osr.config_metrics import Vqr1Settings
-from dp2osr.errors import UserError
+from dp2osr.errors import UserError, in_one_line
 from dp2osr.iqa import pretrained
 from dp2osr.iqa.shared import SharedHr
 from dp2osr.metrics import METRICS
@@ -159,7 +159,7 @@ class Scorer:
         try:
             return self._call(name, images, reference)
         except Exception as error:  # a metric may raise anything
-            short, reason = pieces.out_of_memory(error), pieces.in_one_line(error)
+            short, reason = pieces.out_of_memory(error), in_one_line(error)
             number_free = isinstance(error, torch.linalg.LinAlgError)
             if len(images) == 1 and number_free:
                 return np.full(1, np.nan)  # its features hold no number: NIQE of a constant image

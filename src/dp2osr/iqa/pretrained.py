@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dp2osr import weights
-from dp2osr.errors import UserError
+from dp2osr.errors import UserError, in_one_line
 
 CONNECT_S = 15.0  # seconds that a download of weights may wait for an answer
 ONE_ALIGN = "hub:q-future/one-align"  # the repository that pyiqa's Q-Align loads
@@ -36,9 +36,10 @@ def create(name: str, device: torch.device) -> Any:
     try:
         return load(name, device, folder=folder, offline=folder is not None)
     except Exception as error:  # pyiqa's metrics load through five libraries, each with errors of its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         where = f"the weights cache {folder}" if folder else f"{_default_places()}, and they could not be downloaded"
-        raise UserError(f"metric '{name}': no weights in {where} ({reason}); {weights.remedy(folder)}") from error
+        raise UserError(
+            f"metric '{name}': no weights in {where} ({in_one_line(error)}); {weights.remedy(folder)}"
+        ) from error
 
 
 def load(name: str, device: torch.device, *, folder: Path | None, offline: bool) -> Any:

@@ -66,7 +66,7 @@ class Sampler:
     job: RolloutJob
     speed: SpeedSettings
     pieces: Pieces
-    filled: bool = False
+    filled: bool
 
     def restore(self, batch: Batch) -> list[np.ndarray]:
         """Sample a batch; returns (H, W, 3) uint8 RGB of each candidate, off the GPU."""

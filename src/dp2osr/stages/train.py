@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dp2osr import resume, stage, tables, versions
+from dp2osr import pieces, resume, stage, tables, versions
 from dp2osr.config import PolicySettings, RewardSettings, TrainSettings
 from dp2osr.config_checks import check_precision
-from dp2osr.errors import UserError
+from dp2osr.errors import UserError, in_one_line
 from dp2osr.strict import Count, Strict
 
 if TYPE_CHECKING:
@@ -142,24 +142,22 @@ def fitting(settings: TrainSettings, store: "Store") -> TrainSettings:
     return settings.model_copy(update={"micro_batch": size})
 
 
-def train(trainer: "Trainer", store: "Store") -> None:
+def train(trainer: "Trainer") -> None:
     """Train to the end; where memory is short, leave a smaller micro_batch to the next try and raise UserError.
 
     Not at once, for the other processes are in the midst of a step that this one cannot finish.
     """
-    from dp2osr import pieces
-
     size = trainer.settings.micro_batch
     try:
         trainer.run()
     except Exception as error:
         if not pieces.out_of_memory(error):
             raise
-        found = f"train: out of memory with micro_batch {size} ({pieces.in_one_line(error)})"
+        found = f"train: out of memory with micro_batch {size} ({in_one_line(error)})"
         if size == 1:
             wanted = "a larger GPU, gradient_checkpointing, sharding: backbone or fewer guard.num_rollouts"
             raise UserError(f"{found}; wanted {wanted}") from error
-        store.halve_micro_batch(size)
+        trainer.store.halve_micro_batch(size)
         raise UserError(f"{found}; the same command goes on with {size // 2} from the last checkpoint") from error
 
 
@@ -254,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = make_accelerator(job, args.policy.parent, device=args.device)
     store = Store(args.policy.parent / "checkpoints", mark, record=record)
     trainer = make_trainer(args, accelerator, store)
-    train(trainer, store)
+    train(trainer)
     accelerator.end_training()
     if accelerator.is_main_process:
         write_outputs(args, trainer, record)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dp2osr.errors import UserError
 from dp2osr.resume import temporary_beside, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -158,11 +159,19 @@ class Store:
         return self.folder / "micro_batch"
 
     def micro_batch(self, wanted: int) -> int:
-        """Return how many images to take at once: `wanted`, or what a try before this one had left for it."""
+        """Return how many images to take at once: `wanted`, or what a try before this one had left for it.
+
+        Raises UserError where that file holds no number.
+        """
         try:
-            return min(int(self.micro_batch_file.read_text()), wanted)
+            text = self.micro_batch_file.read_text().strip()
         except FileNotFoundError:
             return wanted
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(
+                f"{self.micro_batch_file}: found {text!r}, wanted a number of images; remove it for {wanted}"
+            )
+        return min(int(text), wanted)
 
     def halve_micro_batch(self, size: int) -> None:
         """Leave half of `size` to the next try; processes that do so at the same time write the same."""
